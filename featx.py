@@ -1,0 +1,1260 @@
+# SPDX-FileCopyrightText: 2026 The featx developers
+# SPDX-License-Identifier: BSD-3-Clause
+# To vendor featx, copy this one file; it needs the standard library and torch, 1.13 or newer.
+"""Feature extraction for PyTorch in one file.
+
+featx traces a model with ``torch.fx``, gives every operation a stable name, and cuts from the
+model an extractor that returns the values asked for and runs nothing that they do not need.
+
+>>> import torch, featx
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+>>> featx.get_graph_node_names(model).eval
+['input', '0', '1', '2']
+>>> extractor = featx.create_feature_extractor(model, {"1": "hidden"})
+>>> {key: tuple(value.shape) for key, value in extractor(torch.rand(3, 4)).items()}
+{'hidden': (3, 8)}
+
+How names are made:
+
+1. A call of a leaf module is named by the module's path; any other node by its scope (the path of
+   the module whose forward is running), a dot and the name that torch.fx gave it.
+2. A trailing ``_<digits>`` is removed, since torch.fx counts over the whole graph.
+3. If that name, or a numbered form of it, was given out before, the number after the most recently
+   given one is appended: ``relu``, ``relu_1``, ``relu_2``.
+4. No name is given twice: where rule 3 would repeat one, the next free number is taken.
+
+Names, values and keys are those of ``torchvision.models.feature_extraction``. featx differs where
+that returns something else than was asked for, runs more than is needed, crashes, or changes the
+caller's model; the README lists every difference.
+"""
+
+import argparse
+import ast
+import builtins
+import contextlib
+import copy
+import difflib
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import keyword
+import linecache
+import math
+import os
+import random
+import sys
+import threading
+import traceback
+import warnings
+import weakref
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    Union,
+)
+
+import torch
+from torch import fx, nn
+
+# Private to torch; tried on 1.13.1 and 2.14.1.
+from torch.fx._symbolic_trace import _assert_is_none
+from torch.fx.node import _get_qualified_name, map_aggregate
+from torch.nn.modules.dropout import _DropoutNd
+
+_operator_schemas = torch._C._jit_get_schemas_for_operator
+
+__version__ = "0.1.0"
+__all__ = [
+    "DualGraphModule",
+    "LeafModuleAwareTracer",
+    "NodeNameError",
+    "NodeNames",
+    "NodePathTracer",
+    "UntraceableError",
+    "create_feature_extractor",
+    "get_graph_node_names",
+]
+
+ReturnNodes = Union[str, Mapping[str, str], Iterable[str]]
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+class NodeNameError(ValueError):
+    """A query that matches no node.
+
+    Attributes:
+        query: what was asked for.
+        mode: ``"train"`` or ``"eval"``, the mode whose graph lacks it.
+        suggestions: the closest names, best first; may be empty.
+    """
+
+    def __init__(self, query: str, mode: str, suggestions: Sequence[str] = (), hint: str = "") -> None:
+        self.query, self.mode, self.suggestions = query, mode, list(suggestions)
+        closest = f" The closest: {', '.join(map(repr, self.suggestions))}." if suggestions else ""
+        super().__init__(
+            f"no node of the {mode} graph is named {query!r} or lies below it."
+            f"{hint and ' ' + hint}{closest} get_graph_node_names(model) lists all names."
+        )
+        self._ingredients = (query, mode, tuple(suggestions), hint)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), self._ingredients
+
+
+class UntraceableError(fx.proxy.TraceError):
+    """A model that torch.fx cannot trace; chained from the original error.
+
+    Attributes:
+        path: the path of the module whose forward failed, ``""`` for the model itself.
+        module_type: the class of that module.
+    """
+
+    def __init__(self, path: str, module_type: Type[nn.Module], reason: str = "") -> None:
+        self.path, self.module_type = path, module_type
+        name = module_type.__name__
+        where = f"{name} at {path!r}" if path else f"the model's own forward ({name})"
+        leaf = f" leaf_modules=[{name}] records each {name} as one operation;" if path else ""
+        super().__init__(
+            f"torch.fx cannot trace {where}: {reason}\n"
+            f"What helps, in tracer_kwargs:{leaf} autowrap_functions=(function,) records the calls of"
+            " a function that fails as single operations. What helps as an argument of its own:"
+            " concrete_args={'argument': value} fixes an argument that decides which way the code goes."
+        )
+        self._ingredients = (path, module_type, reason)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), self._ingredients
+
+
+# --------------------------------------------------------------------------- public functions
+
+
+class NodeNames(NamedTuple):
+    """The names of a model's nodes in execution order, for both modes."""
+
+    train: List[str]
+    eval: List[str]
+
+
+def get_graph_node_names(
+    model: nn.Module,
+    tracer_kwargs: Optional[Mapping[str, Any]] = None,
+    suppress_diff_warning: bool = False,
+    concrete_args: Optional[Dict[str, Any]] = None,
+) -> NodeNames:
+    """List the names of a model's nodes, in execution order, in train mode and in eval mode.
+
+    Args:
+        model: any module that torch.fx can trace. It comes back as it was.
+        tracer_kwargs: arguments of :class:`NodePathTracer`. What is given for ``leaf_modules`` and
+            ``autowrap_modules`` is added to the defaults: ``math`` and, if the process has imported
+            it, ``torchvision.ops``.
+        suppress_diff_warning: do not warn when the two modes differ.
+        concrete_args: values for arguments of ``forward`` that are fixed while tracing.
+
+    Returns:
+        A named tuple ``(train, eval)`` of two lists of strings.
+
+    Raises:
+        UntraceableError: torch.fx cannot trace the model.
+        TypeError: ``model`` or ``tracer_kwargs`` is something else than it should be.
+
+    >>> get_graph_node_names(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())).train
+    ['input', '0', '1']
+    """
+    # 1. Trace in both modes; the model is restored, whatever happens.
+    with _unchanged(model):
+        tracers = _trace_both(model, tracer_kwargs, concrete_args)
+    # 2. Say where the modes differ, since one list of queries may then not do for both.
+    if not suppress_diff_warning:
+        _warn_graph_differences(tracers["train"], tracers["eval"])
+    return NodeNames(tracers["train"].names, tracers["eval"].names)
+
+
+def create_feature_extractor(
+    model: nn.Module,
+    return_nodes: Optional[ReturnNodes] = None,
+    train_return_nodes: Optional[ReturnNodes] = None,
+    eval_return_nodes: Optional[ReturnNodes] = None,
+    tracer_kwargs: Optional[Mapping[str, Any]] = None,
+    suppress_diff_warning: bool = False,
+    concrete_args: Optional[Dict[str, Any]] = None,
+) -> "DualGraphModule":
+    """Cut from a model a module that returns intermediate values and runs only what they need.
+
+    A query matches the names that equal it or begin with it and a dot; its value is that of the
+    last such node. The query ``"output"``, where no node has that name, is the model's own output.
+
+    Args:
+        model: any module that torch.fx can trace. It comes back as it was; the extractor shares
+            its parameters.
+        return_nodes: the queries for both modes: a mapping query -> key, any iterable of queries,
+            which are their own keys, or one query.
+        train_return_nodes, eval_return_nodes: in place of ``return_nodes``, queries for each mode.
+        tracer_kwargs, suppress_diff_warning, concrete_args: as in :func:`get_graph_node_names`.
+
+    Returns:
+        A module with the model's signature that returns a dict key -> value in execution order. It
+        starts in the model's mode and follows ``train()`` and ``eval()``.
+
+    Raises:
+        NodeNameError: a query matches no node.
+        UntraceableError: torch.fx cannot trace the model.
+        ValueError: two queries have one key, or the queries are given in no way or in two.
+        TypeError: an argument is something else than it should be.
+
+    >>> extractor = create_feature_extractor(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), ["0", "output"])
+    >>> {key: tuple(value.shape) for key, value in extractor(torch.rand(2, 4)).items()}
+    {'0': (2, 8), 'output': (2, 8)}
+    """
+    # 1. What is asked for: {mode: {query: key}}.
+    queries = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
+    with _unchanged(model):
+        # 2. Trace in both modes, and find the node of each query.
+        tracers = _trace_both(model, tracer_kwargs, concrete_args)
+        features = {mode: _find_features(tracers, mode, queries[mode]) for mode in tracers}
+        # 3. Cut each graph down to what its features need.
+        graphs = {mode: _prune(tracers[mode], features[mode]) for mode in tracers}
+        # 4. Make one module of the two graphs.
+        extractor = DualGraphModule(model, graphs["train"], graphs["eval"], type(model).__name__)
+    # 5. Say where the modes differ.
+    if not suppress_diff_warning:
+        _warn_graph_differences(tracers["train"], tracers["eval"])
+    return extractor
+
+
+# ------------------------------------------------------------------------------------ tracers
+
+
+class LeafModuleAwareTracer(fx.Tracer):
+    """A tracer whose leaf modules can be chosen by class.
+
+    Args:
+        leaf_modules: classes whose instances are recorded as single calls, besides torch.nn's own.
+        non_leaf_modules: classes that are traced through; they win over every rule for leaves.
+        args, kwargs: as for ``torch.fx.Tracer``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        leaf_modules: Iterable[Type[nn.Module]] = (),
+        non_leaf_modules: Iterable[Type[nn.Module]] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.leaf_modules = tuple(leaf_modules)
+        self.non_leaf_modules = tuple(non_leaf_modules)
+        super().__init__(*args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether calls of ``m`` are recorded as one operation."""
+        if isinstance(m, self.non_leaf_modules):
+            return False
+        return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
+
+
+class NodePathTracer(LeafModuleAwareTracer):
+    """A tracer that names each node after the place in the model where it was recorded.
+
+    Attributes:
+        node_to_qualname: node -> name, in execution order. Constants that are arguments and the
+            graph's output have no name.
+
+    >>> tracer = NodePathTracer()
+    >>> graph = tracer.trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+    >>> list(tracer.node_to_qualname.values())
+    ['input', '0', '1']
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.node_to_qualname: Dict[fx.Node, str] = {}
+        self._scope = ""
+        self._namer = _Namer()
+        self._failure: Optional[Tuple[BaseException, str, Type[nn.Module]]] = None
+
+    @property
+    def names(self) -> List[str]:
+        """The names of the nodes, in execution order."""
+        return list(self.node_to_qualname.values())
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Any:
+        """Record the call of a leaf module, or trace through the module with its path as scope."""
+        path = self.path_of_module(m)
+        outer, self._scope = self._scope, path
+        try:
+            if self.is_leaf_module(m, path):
+                return self.create_proxy("call_module", path, args, kwargs)
+            return forward(*args, **kwargs)
+        except Exception as error:
+            if self._failure is None or self._failure[0] is not error:
+                self._failure = (error, path, type(m))
+            raise
+        finally:
+            self._scope = outer
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+        name: Optional[str] = None,
+        type_expr: Optional[Any] = None,
+        proxy_factory_fn: Optional[Callable[[fx.Node], fx.Proxy]] = None,
+    ) -> fx.Proxy:
+        """Record an operation and give its node a name."""
+        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        node = proxy.node
+        given = self._namer.name(self._scope, None if kind == "call_module" else node.name)
+        self.node_to_qualname[node] = given
+        return proxy
+
+    def where_failed(self, error: BaseException, model: nn.Module) -> Tuple[str, Type[nn.Module]]:
+        """The path and the class of the innermost module whose forward raised ``error``."""
+        if self._failure is not None and self._failure[0] is error:
+            return self._failure[1:]
+        return "", type(model)
+
+
+def _trace_both(
+    model: nn.Module, tracer_kwargs: Optional[Mapping[str, Any]], concrete_args: Optional[Dict[str, Any]]
+) -> Dict[str, NodePathTracer]:
+    """Trace in train mode, then in eval mode; afterwards each submodule has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        tracers = {}
+        for mode in ("train", "eval"):
+            getattr(model, mode)()
+            tracers[mode] = _trace(model, _tracer_arguments(tracer_kwargs), concrete_args)
+        return tracers
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _trace(model: nn.Module, arguments: Dict[str, Any], concrete_args: Optional[Dict[str, Any]]) -> NodePathTracer:
+    tracer = NodePathTracer(**arguments)
+    try:
+        tracer.trace(model, concrete_args=concrete_args)
+    except Exception as error:
+        path, module_type = tracer.where_failed(error, model)
+        reason = f"{type(error).__name__}: {error}{_source_line(error)}"
+        raise UntraceableError(path, module_type, reason) from error
+    return tracer
+
+
+def _tracer_arguments(given: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """The caller's ``tracer_kwargs`` with the defaults added; nothing of the caller's is written to."""
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"tracer_kwargs takes a dict of arguments for the tracer, not {given!r}")
+    known = {"leaf_modules", "non_leaf_modules"} | set(inspect.signature(fx.Tracer.__init__).parameters) - {"self"}
+    arguments = dict(given or {})
+    if not known.issuperset(arguments):
+        unknown = ", ".join(repr(name) for name in arguments if name not in known)
+        raise TypeError(f"tracer_kwargs has {unknown}; the tracer takes {', '.join(sorted(known))}")
+    # torchvision's operators are single operations wherever torchvision is in use, as they are there.
+    ops = sys.modules.get("torchvision.ops")
+    classes = [v for v in vars(ops).values() if isinstance(v, type) and issubclass(v, nn.Module)] if ops else []
+    arguments["autowrap_modules"] = (math, *([ops] if ops else []), *arguments.get("autowrap_modules", ()))
+    for name, defaults in (("leaf_modules", classes), ("non_leaf_modules", [])):
+        values = arguments.get(name, ())
+        values = tuple(values) if isinstance(values, Iterable) else (values,)
+        for value in values:
+            if not (isinstance(value, type) and issubclass(value, nn.Module)):
+                raise TypeError(f"tracer_kwargs[{name!r}] takes classes of modules, not {value!r}")
+        arguments[name] = (*defaults, *values)
+    return arguments
+
+
+def _source_line(error: BaseException) -> str:
+    """Where in the model's source an error came from: the last line outside torch and this file."""
+    torch_files = os.path.dirname(torch.__file__) + os.sep
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename != _FILE and not frame.filename.startswith(torch_files):
+            return f'\n  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n    {frame.line}'
+    return ""
+
+
+def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
+    """Warn if the graphs of the two modes have different names, and say which."""
+    train, evaluation = (list(t.node_to_qualname.values()) for t in (train_tracer, eval_tracer))
+    if train == evaluation:
+        return
+    only_train = _shorten([name for name in train if name not in set(evaluation)])
+    only_eval = _shorten([name for name in evaluation if name not in set(train)])
+    only = [f"only in {mode} mode: {names}" for mode, names in (("train", only_train), ("eval", only_eval)) if names]
+    _warn(
+        f"the nodes of the train graph and of the eval graph differ: {'; '.join(only) or 'their order does'}."
+        " A query that has no match in one of the modes needs train_return_nodes and eval_return_nodes;"
+        " suppress_diff_warning=True silences this."
+    )
+
+
+def _shorten(names: List[str], most: int = 6) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > most else shown
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called into this file."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename == _FILE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level - 1)
+
+
+_FILE = _shorten.__code__.co_filename
+
+
+# -------------------------------------------------------------------------------------- names
+
+
+class _Namer:
+    """Gives out names by the four rules of the module's docstring; knows strings only."""
+
+    def __init__(self) -> None:
+        self._next: Dict[str, int] = {}  # stem -> the number after the most recently given form
+        self._given: Dict[str, int] = {}  # a name given out -> the number to try after it
+
+    def name(self, scope: str, own: Optional[str]) -> str:
+        """The name of the next node: ``own`` is torch.fx's name for it, None for a leaf module.
+
+        >>> namer = _Namer()
+        >>> [namer.name("layer1.0", own) for own in ("relu_4", "add_2", "relu_5")]
+        ['layer1.0.relu', 'layer1.0.add', 'layer1.0.relu_1']
+        """
+        place = scope if own is None else f"{scope}.{own}" if scope else own
+        stem = _split_number(place)[0]
+        number = self._next.get(stem, 0)
+        name = first = f"{stem}_{number}" if number else stem
+        while name in self._given:
+            number = self._given[name]
+            name = f"{stem}_{number}"
+        self._given[first] = self._given[name] = number + 1
+        # A given name counts as a form of itself and, where it ends in a number, of what is before.
+        head, last = _split_number(name)
+        self._next[name] = 1
+        if last is not None:
+            self._next[head] = last + 1
+        return name
+
+
+def _split_number(name: str) -> Tuple[str, Optional[int]]:
+    """``"relu_12"`` -> ``("relu", 12)``; without such an ending ``(name, None)``."""
+    head, _, digits = name.rpartition("_")
+    if head and digits.isascii() and digits.isdigit():
+        return head, int(digits)
+    return name, None
+
+
+# ---------------------------------------------------------------------------------- selection
+
+
+def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> Dict[str, Dict[str, str]]:
+    if both is None and train is None and evaluation is None:
+        raise ValueError("no queries were given: pass return_nodes, or train_return_nodes and eval_return_nodes")
+    if both is not None and not (train is None and evaluation is None):
+        raise ValueError("queries were given twice: pass return_nodes, or the other two, not both")
+    if both is None and (train is None or evaluation is None):
+        given, lacking = ("train", "eval") if evaluation is None else ("eval", "train")
+        raise ValueError(f"{given}_return_nodes was given without {lacking}_return_nodes: pass both")
+    if both is not None:
+        queries = _as_mapping(both, "return_nodes")
+        return {"train": queries, "eval": queries}
+    return {
+        "train": _as_mapping(train, "train_return_nodes"),
+        "eval": _as_mapping(evaluation, "eval_return_nodes"),
+    }
+
+
+def _as_mapping(queries: Any, argument: str) -> Dict[str, str]:
+    """``{query: key}`` from a mapping, an iterable of queries or one query."""
+    if isinstance(queries, str):
+        queries = [queries]
+    if isinstance(queries, nn.Module) or not isinstance(queries, Iterable):
+        raise TypeError(f"{argument} takes a dict query -> key, a list of queries or a query, not {queries!r}")
+    pairs = queries.items() if isinstance(queries, Mapping) else ((query, query) for query in queries)
+    mapping = {str(query): str(key) for query, key in pairs}
+    owners: Dict[str, str] = {}
+    for query, key in mapping.items():
+        if owners.setdefault(key, query) != query:
+            raise ValueError(f"{argument} puts both {owners[key]!r} and {query!r} under the key {key!r}")
+    return mapping
+
+
+def _select(names: Sequence[str], queries: Iterable[str]) -> Dict[str, int]:
+    """The position of the last name that equals a query or lies below it, for each query that has one.
+
+    >>> _select(["x", "layer1.conv", "layer1.relu", "fc"], ["layer1", "fc", "lay"])
+    {'layer1': 2, 'fc': 3}
+    """
+    last = {prefix: position for position, name in enumerate(names) for prefix in _prefixes(name)}
+    return {query: last[query] for query in queries if query in last}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """``"a.b.c"`` -> ``"a"``, ``"a.b"``, ``"a.b.c"``."""
+    return itertools.accumulate(name.split("."), "{}.{}".format)
+
+
+def _find_features(
+    tracers: Dict[str, NodePathTracer], mode: str, queries: Dict[str, str]
+) -> Dict[str, Optional[fx.Node]]:
+    """key -> node in execution order; None stands for the model's own output, which comes last."""
+    tracer = tracers[mode]
+    nodes, names = list(tracer.node_to_qualname), tracer.names
+    positions = _select(names, queries)
+    for query in queries:
+        if query == "output":
+            positions.setdefault(query, len(nodes))
+        elif query not in positions:
+            raise NodeNameError(query, mode, _suggestions(names, query), _hint(tracers, mode, query))
+    ordered = sorted(queries, key=positions.__getitem__)
+    return {queries[query]: (*nodes, None)[positions[query]] for query in ordered}
+
+
+def _suggestions(names: Sequence[str], query: str) -> List[str]:
+    """The closest of the names and of their prefixes, best first."""
+    candidates = list(dict.fromkeys(prefix for name in names for prefix in _prefixes(name)))
+    return difflib.get_close_matches(query, candidates, n=3)
+
+
+def _hint(tracers: Dict[str, NodePathTracer], mode: str, query: str) -> str:
+    """Why a query that matches nothing may have been expected to match."""
+    other = "eval" if mode == "train" else "train"
+    if _select(tracers[other].names, [query]):
+        return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
+    tracer = tracers[mode]
+    modules = dict(tracer.root.named_modules())
+    if query not in modules:
+        return ""
+    called = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
+    for path in _prefixes(query):
+        if path in called:
+            leaf = type(modules[path]).__name__
+            return (
+                f"It lies inside the leaf module {path!r} ({leaf}), which is one operation;"
+                f" tracer_kwargs={{'non_leaf_modules': [{leaf}]}} opens it."
+            )
+    return f"It is a module of the model in which no operation runs in {mode} mode."
+
+
+# ------------------------------------------------------------------------------------ pruning
+
+
+class _Operation(NamedTuple):
+    """What pruning knows of a node; other nodes are given by their positions."""
+
+    inputs: Tuple[int, ...] = ()
+    writes: Tuple[int, ...] = ()  # the inputs into whose memory it writes
+    views: Tuple[int, ...] = ()  # the inputs with which its value may share memory
+    kind: str = ""  # "placeholder", "assert" or nothing special
+
+
+def _staying(operations: Sequence[_Operation], requested: Iterable[int]) -> List[int]:
+    """The positions of the operations that must run for the requested ones to have their values.
+
+    Nothing after the last requested position runs. Before it, an operation stays if it is requested
+    or an assert, if one that stays takes its value, or if it writes into memory that a later one
+    that stays reads. Placeholders always stay.
+
+    >>> operations = [_Operation(kind="placeholder"), _Operation((0,)), _Operation((1,), writes=(1,), views=(1,)),
+    ...               _Operation((1,)), _Operation((3,))]
+    >>> _staying(operations, [3]), _staying(operations, [1])
+    ([0, 1, 2, 3], [0, 1])
+    """
+    memory = _memories(operations)
+    needed: Set[int] = set(requested)
+    cut = max(needed, default=-1)
+    read: Set[int] = set()  # the memories that later operations which stay read
+    staying = []
+    for position in range(len(operations) - 1, -1, -1):
+        operation = operations[position]
+        if operation.kind != "placeholder":
+            if position > cut:
+                continue
+            writes = not read.isdisjoint(memory[written] for written in operation.writes)
+            if not (position in needed or operation.kind == "assert" or writes):
+                continue
+        staying.append(position)
+        needed.update(operation.inputs)
+        read.update(memory[taken] for taken in operation.inputs)
+    return staying[::-1]
+
+
+def _memories(operations: Sequence[_Operation]) -> List[int]:
+    """For each position the memory that its value lies in: values that may share it have one number."""
+    parent = list(range(len(operations)))
+
+    def find(position: int) -> int:
+        while parent[position] != position:
+            parent[position] = position = parent[parent[position]]
+        return position
+
+    for position, operation in enumerate(operations):
+        for viewed in operation.views:
+            parent[find(position)] = find(viewed)
+    return [find(position) for position in range(len(operations))]
+
+
+def _prune(tracer: NodePathTracer, features: Dict[str, Optional[fx.Node]]) -> fx.Graph:
+    """Cut a traced graph down to what the features need, and make them its output."""
+    graph = tracer.graph
+    nodes = list(graph.nodes)
+    output = nodes.pop()
+    position = {node: index for index, node in enumerate(nodes)}
+    operations = _describe(tracer, nodes, position)
+    wanted = [node for node in features.values() if node is not None]
+    if None in features.values():
+        wanted += [*output.all_input_nodes, nodes[-1]]
+    values = {key: output.args[0] if node is None else node for key, node in features.items()}
+    graph.erase_node(output)
+    kept = set(_staying(operations, [position[node] for node in wanted]))
+    for index in range(len(nodes) - 1, -1, -1):
+        if index not in kept:
+            graph.erase_node(nodes[index])
+    graph.output(values)
+    if hasattr(graph._codegen, "pytree_info"):
+        # The features are returned as they are, not packed like the model's own output.
+        graph._codegen.pytree_info = graph._codegen.pytree_info._replace(out_spec=None)
+    return graph
+
+
+def _describe(tracer: NodePathTracer, nodes: Sequence[fx.Node], position: Dict[fx.Node, int]) -> List[_Operation]:
+    """What each node reads, writes and shares, as plain data."""
+    operations = []
+    attributes: Dict[str, List[int]] = {}  # path -> the nodes that fetch an attribute at or below it
+    for index, node in enumerate(nodes):
+        inputs = [position[taken] for taken in node.all_input_nodes]
+        writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node))
+        if node.op == "get_attr":
+            views = attributes.get(str(node.target), [])[:1]
+            for path in _prefixes(str(node.target)):
+                attributes.setdefault(path, []).append(index)
+        elif node.op == "call_module":
+            inputs += attributes.get(str(node.target), [])  # a module also reads its own parameters
+        kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
+        operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
+    return operations
+
+
+_ASSERTS = (torch._assert, _assert_is_none)
+_Effects = Tuple[List[fx.Node], List[fx.Node]]  # the inputs that are written to, those that are viewed
+
+# Modules of torch.nn that can return their input, or a view of it.
+_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
+# Functions and methods that can return their input, or a view of it, though their schemas do not say so.
+_VIEW_FUNCTIONS = frozenset(
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod chain_matmul data einsum meshgrid type_as"
+    " unsafe_chunk unsafe_split unsafe_split_with_sizes alpha_dropout dropout feature_alpha_dropout feature_dropout"
+    " getitem pos".split()
+)
+_VIEW_ATTRIBUTES = frozenset("H T data grad imag mH mT real".split())
+_IN_PLACE_OPERATORS = frozenset(
+    "delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()
+)
+
+
+def _effects(root: nn.Module, node: fx.Node) -> _Effects:
+    """The inputs into whose memory a node writes, and those that its value may share memory with."""
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return [], []
+    inputs, subject = node.all_input_nodes, _nodes_in(node.args[:1])
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if getattr(module, "inplace", False):
+            return inputs, inputs
+        if _is_torch(type(module)) and not any(module.children()):
+            return [], inputs if isinstance(module, _VIEW_MODULES) else []
+        return _opaque(node)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if _writes_first_argument(node, name):
+        return subject, subject
+    if node.target is getattr:
+        return [], inputs if node.args[1] in _VIEW_ATTRIBUTES else []
+    if not _is_torch(node.target):
+        return _opaque(node)
+    if name in _VIEW_FUNCTIONS:
+        return [], inputs
+    aliases = _aliases(_operator_name(node, name))
+    if aliases is None:
+        return _opaque(node)
+    arguments: Dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    writes, views = (_nodes_in(arguments[at] for at in alias if at in arguments) for alias in aliases)
+    return writes, views
+
+
+def _opaque(node: fx.Node) -> _Effects:
+    """What is not torch's own may return its inputs; if nobody takes its value, it is there for a side effect."""
+    inputs = node.all_input_nodes
+    return ([] if node.users else inputs), inputs
+
+
+def _writes_first_argument(node: fx.Node, name: str) -> bool:
+    if node.op == "call_function":
+        if name in _IN_PLACE_OPERATORS and getattr(node.target, "__module__", "") == "_operator":
+            return True
+        place = _inplace_position(node.target)
+        inplace = node.kwargs.get("inplace", node.args[place] if 0 <= place < len(node.args) else False)
+        if inplace:
+            return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+@functools.lru_cache(maxsize=None)
+def _inplace_position(function: Any) -> int:
+    """The position of a function's parameter ``inplace``; -1 if there is none."""
+    try:
+        return list(inspect.signature(function).parameters).index("inplace")
+    except (TypeError, ValueError):  # no signature, or no such parameter
+        return -1
+
+
+def _is_torch(target: Any) -> bool:
+    module = getattr(target, "__module__", None) or "torch"
+    return isinstance(target, str) or module.split(".")[0] in ("torch", "_operator", "math")
+
+
+def _operator_name(node: fx.Node, name: str) -> str:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "_qualified_op_name", f"aten::{name}"))
+
+
+@functools.lru_cache(maxsize=None)
+def _aliases(operator_name: str) -> Optional[Tuple[FrozenSet[Any], FrozenSet[Any]]]:
+    """The arguments that an operator writes to and those it may return a view of, by position and by name.
+
+    From the schemas that torch declares for all overloads; None where there are none.
+
+    >>> [sorted(map(str, alias)) for alias in _aliases("aten::relu_")]
+    [['0', 'self'], ['0', 'self']]
+    """
+    schemas = _operator_schemas(operator_name)
+    writes: Set[Any] = set()
+    views: Set[Any] = set()
+    for argument, position in ((a, i) for s in schemas for i, a in enumerate(s.arguments)):
+        if argument.alias_info is None or str(argument.type) not in ("Tensor", "Optional[Tensor]"):
+            continue
+        places = {argument.name} if argument.kwarg_only else {argument.name, position}
+        views |= places
+        writes |= places if argument.alias_info.is_write else set()
+    return (frozenset(writes), frozenset(views)) if schemas else None
+
+
+def _nodes_in(arguments: Iterable[Any]) -> List[fx.Node]:
+    found: List[fx.Node] = []
+    fx.node.map_arg(tuple(arguments), found.append)
+    return found
+
+
+# -------------------------------------------------------------------------- the two-mode module
+
+
+class DualGraphModule(fx.GraphModule):
+    """A module with a graph for each mode; calling it runs the graph of the mode that it is in.
+
+    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So
+    everything follows the mode: ``train()`` and ``eval()`` of the module or of a parent, setting
+    ``training`` by hand, ``torch.compile``, ``torch.jit.script``, copies and pickles.
+
+    Args:
+        root: the module from which the graphs' modules, parameters and buffers are taken; they are
+            shared, under the same paths. The new module starts in its mode.
+        train_graph, eval_graph: the graphs. Change them as any ``fx.Graph`` and call ``recompile()``.
+        class_name: the name of the new module's class.
+
+    Raises:
+        AttributeError: a graph refers to something that ``root`` does not have.
+    """
+
+    # TorchScript would compile properties; these are for Python alone.
+    __jit_unused_properties__ = ["graph", "code", "_graph", "_code", "_boxed_call"]
+
+    train_graph: fx.Graph
+    eval_graph: fx.Graph
+
+    def __init__(
+        self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, class_name: str = "GraphModule"
+    ) -> None:
+        # fx.GraphModule's own __init__ knows one graph; everything that it sets up is set up here.
+        nn.Module.__init__(self)
+        type(self).__name__ = class_name
+        self.meta: Dict[str, Any] = {}
+        self._tracer_cls = None
+        self.training = root.training
+        self.train_graph, self.eval_graph = train_graph, eval_graph
+        for graph in (train_graph, eval_graph):
+            graph.owning_module = self
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    _share(root, self, str(node.target))
+        self.recompile()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the mode that the module is in; setting it recompiles."""
+        return self.train_graph if self.training else self.eval_graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        setattr(self, "train_graph" if self.training else "eval_graph", graph)
+        graph.owning_module = self
+        self.recompile()
+
+    @property
+    def code(self) -> str:
+        """The Python source of the mode that the module is in."""
+        return self._codes["train" if self.training else "eval"].src
+
+    _graph, _code = graph, code  # what the methods of fx.GraphModule read
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
+        self._codes = {"train": _generate(self, self.train_graph), "eval": _generate(self, self.eval_graph)}
+        for mode, code in self._codes.items():
+            own = f"_{mode}_forward"
+            source = code.src.replace("def forward(", f"def {own}(", 1)
+            setattr(type(self), own, _compile(self, source, code.globals)[own])
+        train = self._codes["train"]
+        setattr(type(self), "forward", _compile(self, _dispatcher(train.src), train.globals)["forward"])
+        return self._codes["train" if self.training else "eval"]
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name != "_codes"}
+        return {**state, "train_graph": _pack(self.train_graph), "eval_graph": _pack(self.eval_graph)}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        graphs = {name: _unpack(state[name]) for name in ("train_graph", "eval_graph")}
+        nn.Module.__setstate__(self, {**state, **graphs})  # type: ignore[no-untyped-call]
+        for graph in graphs.values():
+            graph.owning_module = self
+        self.recompile()
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # Each instance has a class of its own, made by fx.GraphModule; below it is the real one.
+        return _blank, (type(self).__mro__[1], type(self).__name__), self.__getstate__()
+
+    def __copy__(self) -> "DualGraphModule":
+        new = _blank(type(self).__mro__[1], type(self).__name__)
+        state = self.__getstate__().items()
+        new.__setstate__({name: copy.copy(value) if isinstance(value, dict) else value for name, value in state})
+        return new
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "DualGraphModule":
+        memo[id(self)] = new = _blank(type(self).__mro__[1], type(self).__name__)
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+
+def _blank(base: Type[DualGraphModule], class_name: str) -> DualGraphModule:
+    new = base.__new__(base)
+    type(new).__name__ = class_name
+    return new
+
+
+class _Container(nn.Module):
+    """Stands for a module that is not called itself, on the path of those that are.
+
+    A container also stands in its parent's ``__dict__``. The compiled code walks ``self.a.b.c`` for
+    each call, and this spares it the detour over ``nn.Module.__getattr__``. Assigning to or
+    deleting the attribute takes both entries away. Leaves are never put there, since
+    quantization swaps them in ``_modules`` without a word.
+    """
+
+    def _get_name(self) -> str:
+        return "Module"
+
+    def __delattr__(self, name: str) -> None:
+        vars(self).pop(name, None)
+        super().__delattr__(name)
+
+    def _replicate_for_data_parallel(self) -> "_Container":
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        for name in self._modules:
+            vars(replica).pop(name, None)
+        return replica  # type: ignore[no-any-return]
+
+
+def _share(root: nn.Module, new: nn.Module, target: str) -> None:
+    """Put what lies at the path ``target`` of ``root`` at the same path of ``new``."""
+    *path, name = target.split(".")
+    for part in path:
+        root, parent = getattr(root, part), new
+        if parent._modules.get(part) is root:
+            return  # a leaf that is there already holds the target
+        if part not in parent._modules:
+            container = _Container()
+            container.training = root.training
+            parent._modules[part] = vars(parent).setdefault(part, container)
+        new = parent._modules[part]  # type: ignore[assignment]
+    value = getattr(root, name) if name not in root._modules else root._modules[name]
+    if isinstance(value, nn.Module):
+        if isinstance(vars(new).get(name), _Container):
+            del vars(new)[name]
+        new._modules[name] = value
+    elif isinstance(value, nn.Parameter):
+        new._parameters[name] = value
+    elif isinstance(value, torch.Tensor):
+        new._buffers[name] = value
+        if name not in root._buffers or name in root._non_persistent_buffers_set:
+            new._non_persistent_buffers_set.add(name)
+    else:
+        setattr(new, name, value)
+
+
+def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
+    """The source of a graph, in which no path is anything but a path, whatever its characters are."""
+    original: Dict[str, Tuple[fx.Node, str]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and not _is_plain(module, str(node.target)):
+            original[f"_featx_path_{len(original)}_"] = (node, str(node.target))
+    try:
+        for stand_in, (node, _) in original.items():
+            node.target = stand_in
+        code = graph.python_code("self")
+    finally:
+        for node, target in original.values():
+            node.target = target
+    for stand_in, (_, target) in original.items():
+        code.src = code.src.replace(f"self.{stand_in}", _fetch(module, target))
+    if hasattr(graph._codegen, "pytree_info"):
+        module._in_spec = graph._codegen.pytree_info.in_spec
+    return code
+
+
+def _is_plain(module: DualGraphModule, target: str) -> bool:
+    """Whether torch.fx writes a path into source correctly."""
+    parts = target.split(".")
+    return not _is_hidden(module, parts[0]) and all(map(_is_plain_name, parts))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_plain_name(name: str) -> bool:
+    # torch.fx puts what is no identifier between double quotes, and forgets that keywords are none.
+    # Outside of ASCII, Python reads some identifiers as others.
+    quotable = name.isprintable() and not set(name) & set("\"\\")
+    return name.isascii() and not keyword.iskeyword(name) and (name.isidentifier() or quotable)
+
+
+def _is_hidden(module: DualGraphModule, name: str) -> bool:
+    """Whether something of the module's class or of its own hides what is registered as ``name``."""
+    if hasattr(type(module), name):
+        return True
+    return name in vars(module) and vars(module)[name] is not module._modules.get(name)
+
+
+def _fetch(module: DualGraphModule, target: str) -> str:
+    """An expression for what lies at a path that torch.fx would not write correctly."""
+    first, *rest = target.split(".")
+    hidden = _is_hidden(module, first)
+    source = f"self.__getattr__({first!r})" if hidden else f"getattr(self, {first!r})"
+    for part in rest:
+        source = f"getattr({source}, {part!r})"
+    return source
+
+
+def _dispatcher(source: str) -> str:
+    """The source of a ``forward`` with the signature of the given one that picks by ``self.training``.
+
+    >>> print(_dispatcher("def forward(self, x, *rest):\\n    return x"))
+    def forward(self, x, *rest):
+        if self.training:
+            return self._train_forward(x, *rest)
+        return self._eval_forward(x, *rest)
+    """
+    head = next(line for line in source.splitlines() if line.startswith("def forward("))
+    function = ast.parse(head + " pass").body[0]
+    assert isinstance(function, ast.FunctionDef), "torch.fx's source has a line that defines forward"
+    given = function.args
+    names = [argument.arg for argument in (*given.args[1:], *given.kwonlyargs)]
+    names += [f"*{given.vararg.arg}"] if given.vararg else []
+    names += [f"**{given.kwarg.arg}"] if given.kwarg else []
+    call = ", ".join(names)
+    return (
+        f"{head}\n    if self.training:\n        return self._train_forward({call})\n"
+        f"    return self._eval_forward({call})"
+    )
+
+
+_file_numbers = itertools.count()
+
+
+def _compile(module: DualGraphModule, source: str, names: Dict[str, Any]) -> Dict[str, Any]:
+    """Run source that defines functions; tracebacks and TorchScript find it as long as the module lives."""
+    filename = f"<featx {next(_file_numbers)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    weakref.finalize(module, linecache.cache.pop, filename, None)
+    namespace = dict(names)
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace
+
+
+class _Reference:
+    """Stands for a node in the arguments of a packed graph."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _pack(graph: fx.Graph) -> Tuple[Any, ...]:
+    """A graph as plain data that can be copied and pickled; torch's own way keeps one mode only."""
+
+    def refer(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, fx.Node) else value
+
+    nodes = [
+        (
+            node.op,
+            _qualified(node.target) if node.op == "call_function" else node.target,
+            map_aggregate(node.args, refer),
+            map_aggregate(node.kwargs, refer),
+            node.name,
+            node.type,
+        )
+        for node in graph.nodes
+    ]
+    return nodes, graph._codegen
+
+
+def _unpack(packed: Tuple[Any, ...]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: Dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        return nodes[value.name] if isinstance(value, _Reference) else value
+
+    described, graph._codegen = packed
+    for op, target, args, kwargs, name, type_expr in described:
+        target = _named(target[0]) if isinstance(target, tuple) else target
+        args, kwargs = map_aggregate(args, resolve), map_aggregate(kwargs, resolve)
+        nodes[name] = graph.create_node(op, target, args, kwargs, name, type_expr)
+    return graph
+
+
+def _qualified(function: Any) -> Any:
+    """``(name,)`` for a function that can be found by its name: pickle itself cannot find all of torch's."""
+    try:
+        name = _get_qualified_name(function)
+        return (name,) if _named(name) is function else function
+    except (AttributeError, ImportError, RuntimeError):
+        return function
+
+
+def _named(name: str) -> Any:
+    """``"torch.nn.functional.relu"`` -> the function."""
+    if "." not in name:
+        return getattr(builtins, name)
+    path, *rest = name.split(".")
+    found = importlib.import_module(path)
+    for part in rest:
+        path = f"{path}.{part}"
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
+    return found
+
+
+# ------------------------------------------------------------------------------------- guards
+
+_tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the whole process
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Leave the model and the process's random and gradient state as they were, whatever happens inside."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
+    with _tracing, torch.random.fork_rng(devices=[]), torch.set_grad_enabled(torch.is_grad_enabled()):
+        python_random = random.getstate()
+        restorers = [*map(_attribute_restorer, model.modules()), _buffer_restorer(model)]
+        try:
+            yield
+        finally:
+            for restore in restorers:
+                restore()
+            random.setstate(python_random)
+
+
+def _attribute_restorer(module: nn.Module) -> Callable[[], None]:
+    """Takes note of a module's attributes and of what its lists, dicts and sets hold."""
+    held: List[Any] = [vars(module), *(value for value in vars(module).values() if isinstance(value, (list, dict, set)))]
+    copies = [copy.copy(value) for value in held]
+
+    def restore() -> None:
+        for value, saved in zip(held, copies):
+            if isinstance(value, dict):
+                for name in value.keys() - saved.keys():
+                    del value[name]
+                for name, item in saved.items():
+                    if name not in value or value[name] is not item:
+                        value[name] = item
+            elif len(value) != len(saved) or any(a is not b for a, b in zip(value, saved)):
+                value.clear()
+                value.extend(saved) if isinstance(value, list) else value.update(saved)
+
+    return restore
+
+
+def _buffer_restorer(model: nn.Module) -> Callable[[], None]:
+    """Takes note of the buffers' values: what a forward counts in them, it also counts while tracing."""
+    saved = [
+        (buffer, buffer._version, buffer.detach().clone())
+        for buffer in model.buffers()
+        if not (nn.parameter.is_lazy(buffer) or buffer.is_inference())
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, version, value in saved:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+    return restore
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def _main(arguments: Optional[Sequence[str]] = None) -> int:
+    """``python -m featx``; gives the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        sys.path.insert(0, os.getcwd())
+        torch.manual_seed(0)  # the weights of a model that is built without any
+        model = _build(options.model, options.kwargs).train(options.train)
+        image = _read_image(options.image) if options.image else None
+        inputs = torch.rand(*options.input) if options.input else image
+        print(_features(model, options.queries, inputs) if options.queries else _table(model, inputs))
+    except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
+        parser.exit(2, f"featx: error: {' '.join(str(error).split())}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "featx", description="List the nodes of a model, or compute the values of some of them."
+    )
+    parser.add_argument("model", metavar="PACKAGE.MODULE:CALLABLE", help="what builds the model")
+    parser.add_argument("queries", nargs="*", metavar="QUERY[=KEY]", help="the nodes to compute; none: list them all")
+    parser.add_argument("--kwargs", type=json.loads, default={}, metavar="JSON", help="arguments of the callable")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--image", metavar="FILE", help="compute on a photograph")
+    source.add_argument("--input", type=_shape, metavar="1,3,224,224", help="compute on random input of this shape")
+    parser.add_argument("--train", action="store_true", help="use train mode in place of eval mode")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def _shape(text: str) -> List[int]:
+    return [int(size) for size in text.split(",")]
+
+
+def _build(name: str, kwargs: Dict[str, Any]) -> nn.Module:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"the model is given as PACKAGE.MODULE:CALLABLE, not {name!r}")
+    build = getattr(importlib.import_module(module), attribute, None)
+    if not callable(build):
+        raise ValueError(f"{module} has no callable {attribute!r}")
+    model = build(**kwargs)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} gives {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _read_image(path: str) -> torch.Tensor:
+    """A photograph as torchvision's classification presets see it: (1, 3, 224, 224), normalized."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ImportError("--image needs Pillow: python3 -m pip install pillow") from None
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    # https://pytorch.org/vision/stable/models.html: the short side to 256, the middle 224 x 224.
+    scale = 256 / min(image.size)
+    width, height = (max(256, int(side * scale)) for side in image.size)
+    left, top = (width - 224) // 2, (height - 224) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(224, 224, 3)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
+
+
+def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.Tensor]) -> str:
+    if inputs is None:
+        raise ValueError("computing features needs --image FILE or --input SHAPE")
+    return_nodes = {query: key or query for query, _, key in (given.partition("=") for given in queries)}
+    extractor = create_feature_extractor(model, return_nodes, suppress_diff_warning=True)
+    with torch.no_grad():
+        features = extractor(inputs)
+    rows = [("key", "shape", "dtype", "mean", "std", "min", "max")]
+    for key, value in features.items():
+        if not isinstance(value, torch.Tensor):
+            rows.append((key, type(value).__name__, "", "", "", "", ""))
+            continue
+        numbers = value.double()
+        statistics = (numbers.mean(), numbers.std(unbiased=False), numbers.min(), numbers.max())
+        shape, dtype = "x".join(map(str, value.shape)), str(value.dtype).replace("torch.", "")
+        rows.append((key, shape, dtype, *(f"{number:.4g}" for number in statistics)))
+    return _align(rows)
+
+
+def _table(model: nn.Module, inputs: Optional[torch.Tensor]) -> str:
+    """All nodes: name, operation, module class or function, shape where there is an input, notes."""
+    with _unchanged(model):
+        tracers = _trace_both(model, None, None)
+        mode, other = ("train", "eval") if model.training else ("eval", "train")
+        shapes = _shapes(model, tracers[mode], inputs)
+    rows = [("name", "operation", "target", "shape", "note")]
+    elsewhere = set(tracers[other].names)
+    for node, name in tracers[mode].node_to_qualname.items():
+        target = model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        shown = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", str(target))
+        note = "" if name in elsewhere else f"{mode} only"
+        rows.append((name, node.op, shown, shapes.get(node, ""), note))
+    missing = [name for name in tracers[other].names if name not in set(tracers[mode].names)]
+    rows += [(name, "", "", "", f"{other} only") for name in missing]
+    return _align(rows)
+
+
+def _shapes(model: nn.Module, tracer: NodePathTracer, inputs: Optional[torch.Tensor]) -> Dict[fx.Node, str]:
+    shapes: Dict[fx.Node, str] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                shapes[n] = "x".join(map(str, value.shape)) or "scalar"
+            return value
+
+    if inputs is not None:
+        with torch.no_grad():
+            Recorder(fx.GraphModule(model, tracer.graph)).run(inputs)
+    return shapes
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
