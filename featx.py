@@ -42,6 +42,7 @@ import json
 import keyword
 import linecache
 import math
+import operator
 import os
 import random
 import sys
@@ -59,6 +60,7 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Set,
@@ -224,6 +226,7 @@ def create_feature_extractor(
     {'0': (2, 8), 'output': (2, 8)}
     """
     # 1. What is asked for: {mode: {query: key}}.
+    _check_model(model)
     queries = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model):
         # 2. Trace in both modes, and find the node of each query.
@@ -491,7 +494,8 @@ def _as_mapping(queries: Any, argument: str) -> Dict[str, str]:
     if isinstance(queries, str):
         queries = [queries]
     if isinstance(queries, nn.Module) or not isinstance(queries, Iterable):
-        raise TypeError(f"{argument} takes a dict query -> key, a list of queries or a query, not {queries!r}")
+        given = type(queries).__name__
+        raise TypeError(f"{argument} takes a dict query -> key, a list of queries or a query, not a {given}")
     pairs = queries.items() if isinstance(queries, Mapping) else ((query, query) for query in queries)
     mapping = {str(query): str(key) for query, key in pairs}
     owners: Dict[str, str] = {}
@@ -545,7 +549,7 @@ def _hint(tracers: Dict[str, NodePathTracer], mode: str, query: str) -> str:
         return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
     tracer = tracers[mode]
     modules = dict(tracer.root.named_modules())
-    if query not in modules:
+    if not query or query not in modules:
         return ""
     called = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
     for path in _prefixes(query):
@@ -680,7 +684,7 @@ def _effects(root: nn.Module, node: fx.Node) -> _Effects:
         return [], []
     inputs, subject = node.all_input_nodes, _nodes_in(node.args[:1])
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+        module = _at(root, str(node.target))
         if getattr(module, "inplace", False):
             return inputs, inputs
         if _is_torch(type(module)) and not any(module.children()):
@@ -783,14 +787,11 @@ class DualGraphModule(fx.GraphModule):
         class_name: the name of the new module's class.
 
     Raises:
-        AttributeError: a graph refers to something that ``root`` does not have.
+        ValueError: a graph refers to something that ``root`` does not have.
     """
 
     # TorchScript would compile properties; these are for Python alone.
     __jit_unused_properties__ = ["graph", "code", "_graph", "_code", "_boxed_call"]
-
-    train_graph: fx.Graph
-    eval_graph: fx.Graph
 
     def __init__(
         self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, class_name: str = "GraphModule"
@@ -823,23 +824,24 @@ class DualGraphModule(fx.GraphModule):
     @property
     def code(self) -> str:
         """The Python source of the mode that the module is in."""
-        return self._codes["train" if self.training else "eval"].src
+        return self._featx_codes["train" if self.training else "eval"].src
 
     _graph, _code = graph, code  # what the methods of fx.GraphModule read
 
     def recompile(self) -> fx.graph.PythonCode:
         """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
-        self._codes = {"train": _generate(self, self.train_graph), "eval": _generate(self, self.eval_graph)}
-        for mode, code in self._codes.items():
-            own = f"_{mode}_forward"
-            source = code.src.replace("def forward(", f"def {own}(", 1)
-            setattr(type(self), own, _compile(self, source, code.globals)[own])
-        train = self._codes["train"]
-        setattr(type(self), "forward", _compile(self, _dispatcher(train.src), train.globals)["forward"])
-        return self._codes["train" if self.training else "eval"]
+        train, evaluation = (_generate(self, graph) for graph in (self.train_graph, self.eval_graph))
+        self._featx_codes = {"train": train, "eval": evaluation}
+        if (train.src, train.globals) == (evaluation.src, evaluation.globals):
+            _define(self, "forward", train.src, train.globals)
+        else:
+            _define(self, "_train_forward", train.src, train.globals)
+            _define(self, "_eval_forward", evaluation.src, evaluation.globals)
+            _define(self, "forward", _dispatcher(train.src), train.globals)
+        return self._featx_codes["train" if self.training else "eval"]
 
     def __getstate__(self) -> Dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_codes"}
+        state = {name: value for name, value in vars(self).items() if name != "_featx_codes"}
         return {**state, "train_graph": _pack(self.train_graph), "eval_graph": _pack(self.eval_graph)}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -898,15 +900,17 @@ def _share(root: nn.Module, new: nn.Module, target: str) -> None:
     """Put what lies at the path ``target`` of ``root`` at the same path of ``new``."""
     *path, name = target.split(".")
     for part in path:
-        root, parent = getattr(root, part), new
+        root, parent = _registered(root, part, target), new
         if parent._modules.get(part) is root:
             return  # a leaf that is there already holds the target
         if part not in parent._modules:
             container = _Container()
             container.training = root.training
-            parent._modules[part] = vars(parent).setdefault(part, container)
+            parent._modules[part] = container
+            if not _is_hidden(parent, part):
+                vars(parent)[part] = container
         new = parent._modules[part]  # type: ignore[assignment]
-    value = getattr(root, name) if name not in root._modules else root._modules[name]
+    value = _registered(root, name, target)
     if isinstance(value, nn.Module):
         if isinstance(vars(new).get(name), _Container):
             del vars(new)[name]
@@ -919,6 +923,20 @@ def _share(root: nn.Module, new: nn.Module, target: str) -> None:
             new._non_persistent_buffers_set.add(name)
     else:
         setattr(new, name, value)
+
+
+def _at(root: nn.Module, target: str) -> Any:
+    """What lies at the path ``target`` of ``root``."""
+    return functools.reduce(lambda module, name: _registered(module, name, target), target.split("."), root)
+
+
+def _registered(module: nn.Module, name: str, target: str) -> Any:
+    """What a module holds under a name, also where an attribute of its class hides it."""
+    try:
+        return module._modules[name] if name in module._modules else getattr(module, name)
+    except AttributeError:
+        message = f"the model has nothing at the path {target!r}; a name in it may have a dot, which paths cannot have"
+        raise ValueError(message) from None
 
 
 def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
@@ -943,8 +961,20 @@ def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
 
 def _is_plain(module: DualGraphModule, target: str) -> bool:
     """Whether torch.fx writes a path into source correctly."""
-    parts = target.split(".")
-    return not _is_hidden(module, parts[0]) and all(map(_is_plain_name, parts))
+    return all(_is_plain_name(part) and not hidden for part, hidden in _parts(module, target))
+
+
+def _parts(module: DualGraphModule, target: str) -> List[Tuple[str, bool]]:
+    """The parts of a path, and whether something hides what is registered under each."""
+    first, *rest = target.split(".")
+    return [(first, _is_hidden(module, first)), *((part, hasattr(_Container, part)) for part in rest)]
+
+
+def _is_hidden(module: nn.Module, name: str) -> bool:
+    """Whether something of the module's class or of its own hides what is registered as ``name``."""
+    if hasattr(type(module), name):
+        return True
+    return name in vars(module) and vars(module)[name] is not module._modules.get(name)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -955,20 +985,11 @@ def _is_plain_name(name: str) -> bool:
     return name.isascii() and not keyword.iskeyword(name) and (name.isidentifier() or quotable)
 
 
-def _is_hidden(module: DualGraphModule, name: str) -> bool:
-    """Whether something of the module's class or of its own hides what is registered as ``name``."""
-    if hasattr(type(module), name):
-        return True
-    return name in vars(module) and vars(module)[name] is not module._modules.get(name)
-
-
 def _fetch(module: DualGraphModule, target: str) -> str:
     """An expression for what lies at a path that torch.fx would not write correctly."""
-    first, *rest = target.split(".")
-    hidden = _is_hidden(module, first)
-    source = f"self.__getattr__({first!r})" if hidden else f"getattr(self, {first!r})"
-    for part in rest:
-        source = f"getattr({source}, {part!r})"
+    source = "self"
+    for part, hidden in _parts(module, target):
+        source = f"{source}.__getattr__({part!r})" if hidden else f"getattr({source}, {part!r})"
     return source
 
 
@@ -998,14 +1019,21 @@ def _dispatcher(source: str) -> str:
 _file_numbers = itertools.count()
 
 
-def _compile(module: DualGraphModule, source: str, names: Dict[str, Any]) -> Dict[str, Any]:
-    """Run source that defines functions; tracebacks and TorchScript find it as long as the module lives."""
+def _define(module: DualGraphModule, method: str, source: str, names: Dict[str, Any]) -> None:
+    """Make the ``forward`` of a source a method of the module's own class.
+
+    Tracebacks and TorchScript find the source while the module lives.
+    """
     filename = f"<featx {next(_file_numbers)}>"
+    source = source.replace("def forward(", f"def {method}(", 1)
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     weakref.finalize(module, linecache.cache.pop, filename, None)
     namespace = dict(names)
-    exec(compile(source, filename, "exec"), namespace)
-    return namespace
+    try:
+        exec(compile(source, filename, "exec"), namespace)
+    except SyntaxError as error:  # torch.fx does so for some concrete_args
+        raise ValueError(f"torch.fx writes code for this model that is no Python: {error}") from error
+    setattr(type(module), method, namespace[method])
 
 
 class _Reference:
@@ -1079,11 +1107,10 @@ _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the w
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Leave the model and the process's random and gradient state as they were, whatever happens inside."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
+    _check_model(model)
     with _tracing, torch.random.fork_rng(devices=[]), torch.set_grad_enabled(torch.is_grad_enabled()):
         python_random = random.getstate()
-        restorers = [*map(_attribute_restorer, model.modules()), _buffer_restorer(model)]
+        restorers = [_attribute_restorer(model), _buffer_restorer(model)]
         try:
             yield
         finally:
@@ -1092,24 +1119,41 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             random.setstate(python_random)
 
 
-def _attribute_restorer(module: nn.Module) -> Callable[[], None]:
-    """Takes note of a module's attributes and of what its lists, dicts and sets hold."""
-    held: List[Any] = [vars(module), *(value for value in vars(module).values() if isinstance(value, (list, dict, set)))]
-    copies = [copy.copy(value) for value in held]
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
+
+
+def _attribute_restorer(model: nn.Module) -> Callable[[], None]:
+    """Takes note of the attributes of all modules and of what their lists, dicts and sets hold."""
+    held: List[Any] = []
+    for module in model.modules():
+        held.append(vars(module))
+        held.extend(value for value in vars(module).values() if isinstance(value, (list, dict, set)))
+    empty = [value for value in held if not value]  # nearly all are hooks that nobody registered
+    filled: List[Tuple[Any, Any]] = [(v, dict(v) if isinstance(v, dict) else list(v)) for v in held if v]
 
     def restore() -> None:
-        for value, saved in zip(held, copies):
+        for value in filter(None, empty):
+            value.clear()
+        for value, saved in filled:
+            if _holds_the_same(value, saved):
+                continue
             if isinstance(value, dict):
                 for name in value.keys() - saved.keys():
                     del value[name]
-                for name, item in saved.items():
-                    if name not in value or value[name] is not item:
-                        value[name] = item
-            elif len(value) != len(saved) or any(a is not b for a, b in zip(value, saved)):
+                value.update(saved)
+            else:
                 value.clear()
                 value.extend(saved) if isinstance(value, list) else value.update(saved)
 
     return restore
+
+
+def _holds_the_same(value: Any, saved: Any) -> bool:
+    if len(value) != len(saved) or not all(map(operator.is_, value, saved)):
+        return False
+    return not isinstance(value, dict) or all(map(operator.is_, value.values(), saved.values()))
 
 
 def _buffer_restorer(model: nn.Module) -> Callable[[], None]:
@@ -1135,26 +1179,30 @@ def _buffer_restorer(model: nn.Module) -> Callable[[], None]:
 def _main(arguments: Optional[Sequence[str]] = None) -> int:
     """``python -m featx``; gives the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         sys.path.insert(0, os.getcwd())
-        torch.manual_seed(0)  # the weights of a model that is built without any
-        model = _build(options.model, options.kwargs).train(options.train)
+        torch.manual_seed(0)  # for the weights of a model that is built without any
+        model = _build(options.model, options.kwargs)
+        model.train(options.train)
         image = _read_image(options.image) if options.image else None
         inputs = torch.rand(*options.input) if options.input else image
         print(_features(model, options.queries, inputs) if options.queries else _table(model, inputs))
-    except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
-        parser.exit(2, f"featx: error: {' '.join(str(error).split())}\n")
+    except Exception as error:  # the model is anybody's code and may raise anything
+        parser.error(" ".join(f"{error}".split()) or type(error).__name__)
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"featx: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "featx", description="List the nodes of a model, or compute the values of some of them."
-    )
+    parser = _Parser("featx", description="List the nodes of a model, or compute the values of some of them.")
     parser.add_argument("model", metavar="PACKAGE.MODULE:CALLABLE", help="what builds the model")
     parser.add_argument("queries", nargs="*", metavar="QUERY[=KEY]", help="the nodes to compute; none: list them all")
-    parser.add_argument("--kwargs", type=json.loads, default={}, metavar="JSON", help="arguments of the callable")
+    parser.add_argument("--kwargs", type=_json_object, default={}, metavar="JSON", help="arguments of the callable")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="FILE", help="compute on a photograph")
     source.add_argument("--input", type=_shape, metavar="1,3,224,224", help="compute on random input of this shape")
@@ -1163,8 +1211,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _json_object(text: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"takes a JSON object such as {{\"num_classes\": 10}}, not {text!r}")
+    return value
+
+
 def _shape(text: str) -> List[int]:
-    return [int(size) for size in text.split(",")]
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes sizes such as 1,3,224,224, not {text!r}") from None
 
 
 def _build(name: str, kwargs: Dict[str, Any]) -> nn.Module:
@@ -1210,9 +1271,9 @@ def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.T
         if not isinstance(value, torch.Tensor):
             rows.append((key, type(value).__name__, "", "", "", "", ""))
             continue
-        numbers = value.double()
+        shape, dtype = "x".join(map(str, value.shape)) or "scalar", str(value.dtype).replace("torch.", "")
+        numbers = value.double() if value.numel() else torch.tensor(math.nan)
         statistics = (numbers.mean(), numbers.std(unbiased=False), numbers.min(), numbers.max())
-        shape, dtype = "x".join(map(str, value.shape)), str(value.dtype).replace("torch.", "")
         rows.append((key, shape, dtype, *(f"{number:.4g}" for number in statistics)))
     return _align(rows)
 
@@ -1224,15 +1285,20 @@ def _table(model: nn.Module, inputs: Optional[torch.Tensor]) -> str:
         mode, other = ("train", "eval") if model.training else ("eval", "train")
         shapes = _shapes(model, tracers[mode], inputs)
     rows = [("name", "operation", "target", "shape", "note")]
-    elsewhere = set(tracers[other].names)
-    for node, name in tracers[mode].node_to_qualname.items():
-        target = model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        shown = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", str(target))
-        note = "" if name in elsewhere else f"{mode} only"
-        rows.append((name, node.op, shown, shapes.get(node, ""), note))
-    missing = [name for name in tracers[other].names if name not in set(tracers[mode].names)]
-    rows += [(name, "", "", "", f"{other} only") for name in missing]
+    for shown, compared in ((mode, other), (other, mode)):
+        elsewhere = set(tracers[compared].names)
+        for node, name in tracers[shown].node_to_qualname.items():
+            note = "" if name in elsewhere else f"{shown} only"
+            if shown == mode or note:
+                rows.append((name, node.op, _target_name(model, node), shapes.get(node, ""), note))
     return _align(rows)
+
+
+def _target_name(model: nn.Module, node: fx.Node) -> str:
+    """The class of a called module, the name of a function or method, the path of an attribute."""
+    if node.op == "call_module":
+        return type(_at(model, str(node.target))).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _shapes(model: nn.Module, tracer: NodePathTracer, inputs: Optional[torch.Tensor]) -> Dict[fx.Node, str]:
