@@ -67,6 +67,7 @@ from typing import (
     Tuple,
     Type,
     Union,
+    get_type_hints,
 )
 
 import torch
@@ -325,6 +326,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         proxy_factory_fn: Optional[Callable[[fx.Node], fx.Proxy]] = None,
     ) -> fx.Proxy:
         """Record an operation and give its node a name."""
+        if isinstance(type_expr, str):  # as under "from __future__ import annotations"
+            type_expr = _annotation(type(self.root), str(target))
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         node = proxy.node
         given = self._namer.name(self._scope, None if kind == "call_module" else node.name)
@@ -336,6 +339,14 @@ class NodePathTracer(LeafModuleAwareTracer):
         if self._failure is not None and self._failure[0] is error:
             return self._failure[1:]
         return "", type(model)
+
+
+def _annotation(model_type: Type[nn.Module], parameter: str) -> Any:
+    """The type that a string in the signature of ``forward`` means; None if that cannot be found out."""
+    try:
+        return get_type_hints(model_type.forward).get(parameter)
+    except Exception:  # it may name what is imported for type checkers only, and is evaluated like any code
+        return None
 
 
 def _trace_both(
@@ -452,12 +463,12 @@ class _Namer:
         while name in self._given:
             number = self._given[name]
             name = f"{stem}_{number}"
-        self._given[first] = self._given[name] = number + 1
+        self._given[first] = number + 1
         # A given name counts as a form of itself and, where it ends in a number, of what is before.
         head, last = _split_number(name)
-        self._next[name] = 1
+        self._next[name] = self._given[name] = 1
         if last is not None:
-            self._next[head] = last + 1
+            self._next[head] = self._given[name] = last + 1
         return name
 
 
@@ -523,7 +534,7 @@ def _prefixes(name: str) -> Iterator[str]:
 def _find_features(
     tracers: Dict[str, NodePathTracer], mode: str, queries: Dict[str, str]
 ) -> Dict[str, Optional[fx.Node]]:
-    """key -> node in execution order; None stands for the model's own output, which comes last."""
+    """The nodes by key, in execution order; None stands for the model's own output, which comes last."""
     tracer = tracers[mode]
     nodes, names = list(tracer.node_to_qualname), tracer.names
     positions = _select(names, queries)
@@ -832,7 +843,9 @@ class DualGraphModule(fx.GraphModule):
         """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
         train, evaluation = (_generate(self, graph) for graph in (self.train_graph, self.eval_graph))
         self._featx_codes = {"train": train, "eval": evaluation}
-        if (train.src, train.globals) == (evaluation.src, evaluation.globals):
+        same = (train.src, train.globals) == (evaluation.src, evaluation.globals)
+        self._lineno_map = getattr(train, "_lineno_map", None) if same else {}  # torch.compile reads it
+        if same:
             _define(self, "forward", train.src, train.globals)
         else:
             _define(self, "_train_forward", train.src, train.globals)
@@ -919,7 +932,7 @@ def _share(root: nn.Module, new: nn.Module, target: str) -> None:
         new._parameters[name] = value
     elif isinstance(value, torch.Tensor):
         new._buffers[name] = value
-        if name not in root._buffers or name in root._non_persistent_buffers_set:
+        if name in root._non_persistent_buffers_set:
             new._non_persistent_buffers_set.add(name)
     else:
         setattr(new, name, value)
@@ -981,7 +994,7 @@ def _is_hidden(module: nn.Module, name: str) -> bool:
 def _is_plain_name(name: str) -> bool:
     # torch.fx puts what is no identifier between double quotes, and forgets that keywords are none.
     # Outside of ASCII, Python reads some identifiers as others.
-    quotable = name.isprintable() and not set(name) & set("\"\\")
+    quotable = name.isprintable() and not set(name) & set('"\\')
     return name.isascii() and not keyword.iskeyword(name) and (name.isidentifier() or quotable)
 
 
@@ -994,9 +1007,9 @@ def _fetch(module: DualGraphModule, target: str) -> str:
 
 
 def _dispatcher(source: str) -> str:
-    """The source of a ``forward`` with the signature of the given one that picks by ``self.training``.
+    r"""The source of a ``forward`` with the signature of the given one that picks by ``self.training``.
 
-    >>> print(_dispatcher("def forward(self, x, *rest):\\n    return x"))
+    >>> print(_dispatcher("def forward(self, x, *rest):\n    return x"))
     def forward(self, x, *rest):
         if self.training:
             return self._train_forward(x, *rest)
@@ -1217,7 +1230,7 @@ def _json_object(text: str) -> Dict[str, Any]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"takes a JSON object such as {{\"num_classes\": 10}}, not {text!r}")
+        raise argparse.ArgumentTypeError(f'takes a JSON object such as {{"num_classes": 10}}, not {text!r}')
     return value
 
 

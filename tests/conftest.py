@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    try:
+        import torchvision
+
+        vision = torchvision.__version__
+    except ImportError:
+        vision = "absent"
+    return f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {vision}, FEATX_SEED={_seed()}"
+
+
+def _seed() -> int:
+    """Drawn afresh for each run; the same in all workers of a run."""
+    return int(os.environ.setdefault("FEATX_SEED", str(random.SystemRandom().randrange(2**32))))
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Random choices that a failure names: FEATX_SEED=<seed> repeats them."""
+    print(f"FEATX_SEED={_seed()}")
+    return random.Random(_seed())
+
+
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    torch.manual_seed(0)

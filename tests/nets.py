@@ -1,0 +1,235 @@
+"""Nets with one hazard each, and torchvision's zoo."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+
+def net(forward: Callable[..., Any], **members: Any) -> nn.Module:
+    """A module of the given forward, with modules, parameters, buffers and other members.
+
+    >>> net(lambda self, x: self.double(x), double=nn.Linear(2, 4))(torch.rand(1, 2)).shape
+    torch.Size([1, 4])
+    """
+    module = type("Net", (nn.Module,), {"forward": forward})()
+    for name, member in members.items():
+        if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
+            module.register_buffer(name, member)
+        else:
+            setattr(module, name, member)
+    return module
+
+
+class Block(nn.Module):
+    """Two layers, functions that repeat, and a sum; nothing in place."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.sigmoid(self.first(x))
+        return torch.sigmoid(self.second(hidden)) + x
+
+
+class Modes(nn.Module):
+    """Train mode has an auxiliary head, batch norm, dropout and a value that eval mode lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.aux = nn.Linear(4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.body(x)
+        if self.training:
+            return self.head(features) + self.aux(features).mean()
+        return self.head(features) * 2
+
+
+# What a forward does to its value y before it returns y * 1; each is dropped by a plain dead-code pass.
+IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
+    "module": lambda self, y: self.relu(y),
+    "function_keyword": lambda self, y: F.relu(y, inplace=True),
+    "function_position": lambda self, y: F.hardtanh(y, -0.1, 0.1, True),
+    "function_underscore": lambda self, y: torch.relu_(y),
+    "method": lambda self, y: y.add_(1),
+    "slice": lambda self, y: y[:, 0].fill_(7),
+    "view": lambda self, y: y.view(-1).mul_(2),
+    "view_of_view": lambda self, y: y.view(-1)[1:].unsqueeze(0).clamp_(min=0),
+    "transposed_attribute": lambda self, y: y.T.mul_(3),
+    "data": lambda self, y: y.data.zero_(),
+    "flatten_module": lambda self, y: self.flatten(y).neg_(),
+    "dropout_in_eval": lambda self, y: F.dropout(y, 0.5, False).add_(1),
+    "dropout_module_in_eval": lambda self, y: self.dropout(y).add_(1),
+    "identity": lambda self, y: self.identity(y).add_(1),
+    "detached": lambda self, y: y.detach().mul_(2),
+    "out": lambda self, y: torch.neg(y.detach(), out=y.detach()),
+    "copy": lambda self, y: y.copy_(torch.ones_like(y)),
+    "stack_of_writes": lambda self, y: (y.add_(1), y.mul_(2), y.sub_(3)),
+    "same_dtype": lambda self, y: y.to(torch.float32).add_(1),
+    "same_type": lambda self, y: y.type_as(y).add_(1),
+    "reshape": lambda self, y: y.reshape(2, -1).add_(1),
+    "expand": lambda self, y: y[None].squeeze(0).add_(1),
+}
+
+
+def writes_in_place(kind: str) -> nn.Module:
+    """``y = linear(x)``, then an unassigned in-place write of a kind into y, then ``y * 1``."""
+    write = IN_PLACE[kind]
+
+    def forward(self: Any, x: Any) -> Any:
+        y = self.linear(x)
+        write(self, y)
+        return y * 1
+
+    return net(
+        forward,
+        linear=nn.Linear(4, 4),
+        relu=nn.ReLU(inplace=True),
+        flatten=nn.Flatten(0),
+        dropout=nn.Dropout(0.5),
+        identity=nn.Identity(),
+    )
+
+
+# --- torchvision's zoo ---
+
+# The 14 models that torchvision cannot trace: the exception and a part of its message.
+UNTRACEABLE = {
+    **dict.fromkeys(
+        [
+            "fasterrcnn_mobilenet_v3_large_320_fpn",
+            "fasterrcnn_mobilenet_v3_large_fpn",
+            "fasterrcnn_resnet50_fpn",
+            "fasterrcnn_resnet50_fpn_v2",
+            "fcos_resnet50_fpn",
+            "keypointrcnn_resnet50_fpn",
+            "maskrcnn_resnet50_fpn",
+            "maskrcnn_resnet50_fpn_v2",
+            "retinanet_resnet50_fpn",
+            "retinanet_resnet50_fpn_v2",
+            "ssd300_vgg16",
+            "ssdlite320_mobilenet_v3_large",
+        ],
+        (fx.proxy.TraceError, "Proxy object cannot be iterated"),
+    ),
+    **dict.fromkeys(
+        ["raft_large", "raft_small"],
+        (fx.proxy.TraceError, "symbolically traced variables cannot be used as inputs to control flow"),
+    ),
+}
+
+
+def zoo_names() -> list[str]:
+    from torchvision.models import list_models
+
+    return sorted(list_models())
+
+
+def build(name: str) -> nn.Module:
+    """A model of torchvision's zoo with random weights."""
+    from torchvision.models import get_model, get_model_builder
+
+    parameters = inspect.signature(get_model_builder(name)).parameters
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in parameters:
+        options["weights_backbone"] = None
+    if name.endswith(("googlenet", "inception_v3")):
+        options["init_weights"] = False
+    return get_model(name, **options)
+
+
+def build_on_meta(name: str) -> nn.Module:
+    """The same without values, which is fast; the RegNets draw theirs with Python's numbers and cannot."""
+    if name.startswith("regnet"):
+        return build(name)
+    with torch.device("meta"):
+        return build(name)
+
+
+# One model of each family of torchvision.models, the smallest.
+FAMILIES = [
+    "alexnet",
+    "convnext_tiny",
+    "deeplabv3_mobilenet_v3_large",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "fcn_resnet50",
+    "googlenet",
+    "inception_v3",
+    "lraspp_mobilenet_v3_large",
+    "maxvit_t",
+    "mc3_18",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mvit_v2_s",
+    "quantized_mobilenet_v2",
+    "quantized_resnet18",
+    "quantized_shufflenet_v2_x0_5",
+    "r3d_18",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnext50_32x4d",
+    "s3d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin3d_t",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11_bn",
+    "vit_b_32",
+    "wide_resnet50_2",
+]
+
+
+def zoo_input(name: str) -> torch.Tensor:
+    """A small input that a model of the zoo accepts, two of a batch where batch norm needs them."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.rand, generator=generator)
+    if name.startswith("mvit"):
+        return draw(1, 3, 16, 224, 224)
+    if name == "s3d":
+        return draw(1, 3, 16, 224, 224)
+    if name.startswith(("r3d", "mc3", "r2plus1d", "swin3d")):
+        return draw(2, 3, 4, 64, 64)
+    size = {"inception_v3": 299, "vit_b_32": 224, "vit_b_16": 224, "maxvit_t": 224, "alexnet": 96}.get(name, 64)
+    return draw(2, 3, size, size)
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit-equal values of the same structure."""
+    if isinstance(a, torch.Tensor):
+        if not (isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape):
+            return False
+        if a.is_quantized:
+            a, b = a.dequantize(), b.dequantize()
+        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return bool(a == b)

@@ -1,0 +1,209 @@
+"""The caller's things come back untouched, on success and on every failure."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from typing import Any, Callable, Dict
+
+import pytest
+import torch
+from torch import nn
+
+from tests import featx, nets
+from tests.nets import net
+
+
+def picture(model: nn.Module) -> Dict[str, Any]:
+    """All that a user can see of a model and of the process, as plain data with identities."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return id(value), value.detach().clone()
+        if isinstance(value, dict):
+            return [(key, id(item)) for key, item in value.items()]
+        if isinstance(value, (list, set)):
+            return [id(item) for item in value]
+        return value if isinstance(value, (bool, int, str)) else id(value)
+
+    return {
+        "modules": {
+            path: [(name, shown(value)) for name, value in vars(module).items()]
+            for path, module in model.named_modules()
+        },
+        "state": {key: value.clone() for key, value in model.state_dict(keep_vars=False).items()},
+        "grad": torch.is_grad_enabled(),
+        "rng": torch.get_rng_state(),
+        "python rng": hash(random.getstate()),
+        "call": id(nn.Module.__call__),
+        "getattr": id(nn.Module.__getattr__),
+        "filters": list(warnings.filters),
+    }
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.train()
+    list(model.modules())[-1].eval()
+    return model
+
+
+class Careless(nn.Module):
+    """Its forward leaves traces on itself: attributes, list entries, counts in a buffer, random draws, constants."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails = fails
+        self.fc = nn.Linear(4, 4)
+        self.calls = 0
+        self.history = [1]
+        self.cache: Dict[str, Any] = {"a": 1}
+        self.register_buffer("steps", torch.zeros(3))
+        self.fc.register_forward_hook(lambda module, inputs, output: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.latest = x
+        self.history.append(x)
+        self.cache["x"] = x
+        self.steps += 1
+        noise = torch.rand(4) * random.random()
+        torch.set_grad_enabled(False)
+        y = self.fc(x) + noise + torch.tensor([1.0])
+        if self.fails and x.sum() > 0:
+            return y
+        return y
+
+
+MODELS: Dict[str, Callable[[], nn.Module]] = {
+    "modes": nets.Modes,
+    "frozen": lambda: frozen(nets.Modes()),
+    "careless": Careless,
+    "tied": lambda: net(lambda self, x: self.a(self.b(x)), a=(shared := nn.Linear(4, 4)), b=shared),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("mode", [True, False])
+def test_success(kind: str, mode: bool) -> None:
+    model = MODELS[kind]()
+    if kind != "frozen":
+        model.train(mode)
+    before = picture(model)
+    featx.get_graph_node_names(model, suppress_diff_warning=True)
+    assert nets.same(picture(model), before)
+    extractor = featx.create_feature_extractor(model, ["x"], suppress_diff_warning=True)
+    assert nets.same(picture(model), before)
+    extractor(torch.rand(2, 4))
+
+
+FAILURES: Dict[str, Callable[[nn.Module], Any]] = {
+    "unknown name": lambda model: featx.create_feature_extractor(model, ["nowhere"], suppress_diff_warning=True),
+    "same key": lambda model: featx.create_feature_extractor(model, {"x": "k", "fc": "k"}),
+    "no queries": lambda model: featx.create_feature_extractor(model),
+    "bad tracer_kwargs": lambda model: featx.get_graph_node_names(model, {"leafs": 1}),
+    "bad leaf": lambda model: featx.get_graph_node_names(model, {"leaf_modules": [3]}),
+    "bad argument": lambda model: featx.get_graph_node_names(model, concrete_args=3),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_failure(kind: str, failure: str) -> None:
+    model = MODELS[kind]()
+    before = picture(model)
+    with pytest.raises((ValueError, TypeError)):
+        FAILURES[failure](model)
+    assert nets.same(picture(model), before)
+
+
+@pytest.mark.parametrize("function", [featx.get_graph_node_names, lambda m: featx.create_feature_extractor(m, "x")])
+def test_failure_inside_of_the_trace(function: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(nets.Block(), Careless(fails=True))
+    model[0].eval()
+    before = picture(model)
+    with pytest.raises(featx.UntraceableError, match="at '1'"):
+        function(model)
+    assert nets.same(picture(model), before)
+
+
+def test_failure_in_one_mode_only() -> None:
+    model = net(lambda self, x: x + 1 if self.training else (x if x.sum() > 0 else -x))
+    before = picture(model)
+    with pytest.raises(featx.UntraceableError, match="control flow"):
+        featx.get_graph_node_names(model)
+    assert model.training
+    assert nets.same(picture(model), before)
+
+
+def test_tracer_kwargs_and_return_nodes_are_not_written_to() -> None:
+    kwargs = {"leaf_modules": [nets.Block], "autowrap_functions": ()}
+    return_nodes = {"0": "a"}
+    concrete: Dict[str, Any] = {}
+    featx.create_feature_extractor(nn.Sequential(nets.Block()), return_nodes, None, None, kwargs, True, concrete)
+    assert kwargs == {"leaf_modules": [nets.Block], "autowrap_functions": ()}
+    assert return_nodes == {"0": "a"}
+    assert concrete == {}
+
+
+class Silent(nets.Modes):
+    def train(self, mode: bool = True) -> Any:  # no return value
+        super().train(mode)
+
+
+def test_train_that_returns_nothing() -> None:
+    names = featx.get_graph_node_names(Silent(), suppress_diff_warning=True)
+    assert names == featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
+
+
+def test_constants_and_buffers() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return x + self.kept + self.volatile + self.plain + torch.tensor([1.0, 2.0])
+
+    model = net(forward, kept=torch.ones(2))
+    model.register_buffer("volatile", torch.ones(2) * 2, persistent=False)
+    object.__setattr__(model, "plain", torch.ones(2) * 3)
+    before = list(model.state_dict())
+    extractor = featx.create_feature_extractor(model, ["output"])
+    assert list(model.state_dict()) == before
+    assert not hasattr(model, "_tensor_constant0")
+    x = torch.rand(2)
+    assert torch.equal(extractor(x)["output"], model(x))
+    # As in the model, a buffer that is not persistent is in no state dict; the constants are, as torchvision's are.
+    assert "volatile" not in extractor.state_dict()
+    assert extractor.load_state_dict(model.state_dict(), strict=False).unexpected_keys == []
+    assert {key for key, _ in extractor.named_buffers()} >= {"kept", "volatile", "plain"}
+
+
+def test_weights_are_shared_with_the_model() -> None:
+    model = nets.Modes()
+    extractor = featx.create_feature_extractor(model, ["body"], suppress_diff_warning=True)
+    assert getattr(extractor.body, "0").first is model.body[0].first
+    assert extractor.load_state_dict(model.state_dict(), strict=False).missing_keys == []
+
+
+def test_one_thread_traces_at_a_time() -> None:
+    expected = featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
+    results, errors = [], []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                results.append(featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert results == [expected] * 30
+
+
+def test_a_trace_inside_of_a_trace() -> None:
+    """A forward that itself lists names: the lock lets the same thread in again."""
+    inner = nets.Block()
+    model = net(lambda self, x: x + len(featx.get_graph_node_names(inner).eval))
+    assert featx.get_graph_node_names(model).eval == ["x", "add"]

@@ -1,0 +1,310 @@
+"""Two modes, one module: whatever sets the mode, the extractor follows it; copies keep everything."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+from typing import Any, Callable, Dict
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import featx, nets
+from tests.nets import net
+
+X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+BOTH = {"body": "b", "head": "h"}
+
+
+def make(model: nn.Module | None = None, **options: Any) -> nn.Module:
+    return featx.create_feature_extractor(model or nets.Modes(), BOTH, suppress_diff_warning=True, **options)
+
+
+def expected(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """By hand, in the model's own mode."""
+    body = model.body(x)
+    return {"b": body, "h": model.head(body)}
+
+
+def run(module: Callable[..., Any], x: torch.Tensor = X) -> Any:
+    torch.manual_seed(1)
+    return module(x)
+
+
+def check_both_modes(extractor: nn.Module, model: nn.Module, call: Callable[..., Any] | None = None) -> None:
+    for mode in (True, False, True):
+        extractor.train(mode)
+        model.train(mode)
+        torch.manual_seed(1)
+        assert nets.same(run(call or extractor), _seeded(expected, model)), mode
+    assert not nets.same(run(extractor.train()), run(extractor.eval())), (
+        "the modes do not differ, so this shows nothing"
+    )
+
+
+def _seeded(function: Callable[..., Any], model: nn.Module) -> Any:
+    torch.manual_seed(1)
+    return function(model, X)
+
+
+def test_train_and_eval() -> None:
+    model = nets.Modes()
+    check_both_modes(make(model), model)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_it_starts_in_the_models_mode(mode: bool) -> None:
+    assert make(nets.Modes().train(mode)).training is mode
+
+
+def test_frozen_submodules_stay_frozen() -> None:
+    model = nets.Modes().train()
+    model.body.eval()
+    extractor = make(model)
+    assert extractor.training
+    assert not any(module.training for module in extractor.body.modules())
+    assert not any(module.training for module in model.body.modules())
+
+
+def test_the_attribute_set_by_hand() -> None:
+    extractor = featx.create_feature_extractor(
+        nets.Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"], suppress_diff_warning=True
+    )
+    extractor.training = False
+    assert list(extractor(X)) == ["mul"]
+    extractor.training = True
+    assert list(extractor(X)) == ["aux"]
+
+
+def test_a_parents_mode() -> None:
+    extractor = featx.create_feature_extractor(
+        nets.Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"], suppress_diff_warning=True
+    )
+    parent = nn.Sequential(extractor)
+    assert list(parent.eval()(X)) == ["mul"]
+    assert list(parent.train()(X)) == ["aux"]
+
+
+def test_no_recompile_on_a_flip() -> None:
+    extractor = make().train()
+    before = dict(vars(type(extractor)))
+    extractor.eval()
+    extractor(X)
+    extractor.train()
+    assert dict(vars(type(extractor))) == before
+
+
+def test_one_graph_for_both_modes_needs_no_choice() -> None:
+    extractor = featx.create_feature_extractor(nets.Block(), ["add"])
+    assert "_train_forward" not in vars(type(extractor))
+    assert list(extractor.eval()(X)) == list(extractor.train()(X)) == ["add"]
+
+
+def by_torch_save(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    options = {} if torch.__version__ < "2" else {"weights_only": False}
+    return torch.load(buffer, **options)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": by_torch_save,
+    "twice": lambda module: copy.copy(pickle.loads(pickle.dumps(copy.deepcopy(module)))),
+}
+
+
+def mark(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return {**output, "hooked": torch.ones(1)}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("mode", [True, False])
+def test_copies(how: str, mode: bool) -> None:
+    model = nets.Modes()
+    model.head.weight = model.aux.weight = nn.Parameter(torch.rand(3, 4))  # tied
+    model.head.bias = model.aux.bias
+    extractor = featx.create_feature_extractor(
+        model, train_return_nodes=["head", "aux"], eval_return_nodes=["head", "mul"], suppress_diff_warning=True
+    ).train(mode)
+    extractor.body.eval()
+    extractor.register_forward_hook(mark)
+    twin = COPIES[how](extractor)
+    assert type(twin).__name__ == type(extractor).__name__ == "Modes"
+    assert isinstance(twin, featx.DualGraphModule)
+    assert [m.training for m in twin.modules()] == [m.training for m in extractor.modules()]
+    assert list(twin.state_dict()) == list(extractor.state_dict())
+    assert twin.head.weight is twin.aux.weight
+    assert (twin.head is extractor.head) == (how == "copy")
+    for each in (True, False):
+        twin.training = extractor.training = each
+        assert nets.same(run(twin), run(extractor))
+        assert list(run(twin))[-1] == "hooked"
+        assert twin.code == extractor.code
+    assert [n.name for n in twin.train_graph.nodes] == [n.name for n in extractor.train_graph.nodes]
+
+
+def test_copies_are_independent() -> None:
+    extractor = make().eval()
+    twin = copy.deepcopy(extractor)
+    twin.train()
+    twin.head.weight.data.zero_()
+    twin.register_forward_hook(mark)
+    assert not extractor.training
+    assert extractor.head.weight.abs().sum() > 0
+    assert list(extractor(X)) == ["b", "h"]
+    shallow = copy.copy(extractor)
+    shallow.register_forward_hook(mark)
+    assert list(extractor(X)) == ["b", "h"]
+
+
+def test_targets_that_pickle_cannot_find_by_itself() -> None:
+    model = net(
+        lambda self, x: (
+            torch.nn.functional.max_pool1d(torch.ops.aten.mul.Tensor(x, 2)[None], 2) + torch.ops.aten.neg(x).sum()
+        )
+    )
+    extractor = featx.create_feature_extractor(model, "output")
+    twin = pickle.loads(pickle.dumps(extractor))
+    assert torch.equal(twin(X)["output"], model(X))
+
+
+def test_script_follows_the_mode() -> None:
+    model = nets.Modes()
+    extractor = make(model)
+    scripted = torch.jit.script(extractor)
+    for mode in (True, False, True):
+        scripted.train(mode)
+        extractor.train(mode)
+        assert nets.same(run(scripted), run(extractor)), mode
+    buffer = io.BytesIO()
+    torch.jit.save(scripted.eval(), buffer)
+    buffer.seek(0)
+    assert nets.same(run(torch.jit.load(buffer)), run(extractor.eval()))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, "compile") or sys.version_info < (3, 9), reason="torch.compile came with torch 2.0"
+)
+def test_compile_follows_the_mode() -> None:
+    model = nets.Modes()
+    extractor = make(model)
+    compiled = torch.compile(extractor, backend="eager")
+    parent = nn.Sequential(extractor)
+    compiled_parent = torch.compile(parent, backend="eager")
+    for mode in (True, False, True):
+        compiled.train(mode)
+        assert nets.same(run(compiled), run(extractor)), mode
+        parent.train(mode)
+        assert nets.same(run(compiled_parent), run(parent)), mode
+
+
+@pytest.mark.skipif(not hasattr(torch, "export"), reason="torch.export came with torch 2.1")
+@pytest.mark.parametrize("mode", [True, False])
+def test_export_takes_the_mode_it_finds(mode: bool) -> None:
+    extractor = featx.create_feature_extractor(
+        net(lambda self, x: self.fc(x) + (1 if self.training else 2), fc=nn.Linear(4, 4)), ["fc", "add"]
+    ).train(mode)
+    program = torch.export.export(extractor, (X,))
+    assert nets.same(program.module()(X), extractor(X))
+
+
+def test_graph_and_code_are_the_active_modes() -> None:
+    extractor = make().eval()
+    assert extractor.graph is extractor.eval_graph
+    assert "aux" not in extractor.code
+    extractor.train()
+    assert extractor.graph is extractor.train_graph
+    assert str(extractor).startswith("Modes(")
+    extractor.graph.lint()
+
+
+def test_a_graph_edited_by_hand() -> None:
+    extractor = featx.create_feature_extractor(nets.Block(), ["add"])
+    for node in extractor.eval_graph.nodes:
+        if node.target is torch.sigmoid:
+            node.target = torch.tanh
+    before = extractor.eval()(X)["add"]
+    extractor.recompile()
+    changed = extractor.eval()(X)["add"]
+    assert not torch.equal(changed, before)
+    assert torch.equal(extractor.train()(X)["add"], before), "the other mode's graph was not edited"
+    assert torch.equal(copy.deepcopy(extractor).eval()(X)["add"], changed)
+
+
+def test_a_graph_that_is_replaced() -> None:
+    extractor = featx.create_feature_extractor(nets.Block(), ["add"]).eval()
+    extractor.graph = copy.deepcopy(extractor.graph)
+    assert extractor.eval_graph.owning_module is extractor
+    assert list(extractor(X)) == ["add"]
+
+
+def test_dual_graph_module_by_hand() -> None:
+    model = nets.Modes().eval()
+    graphs = [fx.Tracer().trace(model.train(mode)) for mode in (True, False)]
+    module = featx.DualGraphModule(model, *graphs, class_name="Two")
+    assert type(module).__name__ == "Two"
+    model.eval()
+    assert torch.equal(module.eval()(X), model(X))
+    model.train()
+    torch.manual_seed(1)
+    reference = model(X)
+    assert torch.equal(run(module.train()), reference)
+    with pytest.raises(ValueError, match="nothing at the path 'body.0.first'"):
+        featx.DualGraphModule(nn.Linear(1, 1), *graphs)
+
+
+# --- ways in which users change modules: the next call sees each of them ---
+
+
+def replace_by_attribute(extractor: nn.Module) -> None:
+    extractor.body = nn.Sequential(extractor.body[0] if isinstance(extractor.body, nn.Sequential) else nn.Identity())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: setattr(getattr(e.a, "0"), "second", nn.Linear(4, 4)),
+        lambda e: getattr(e.a, "0")._modules.__setitem__("second", nn.Linear(4, 4)),
+        lambda e: setattr(e.a, "0", nets.Block()),
+        lambda e: setattr(e, "a", nn.Sequential(nets.Block())),
+        lambda e: getattr(e.a, "0").load_state_dict(nets.Block().state_dict()),
+        lambda e: nn.utils.parametrize.register_parametrization(getattr(e.a, "0").first, "weight", Doubled()),
+    ],
+)
+def test_changes_are_seen(change: Callable[[nn.Module], Any]) -> None:
+    extractor = featx.create_feature_extractor(net(lambda self, x: self.a(x), a=nn.Sequential(nets.Block())), ["a"])
+    before = extractor(X)["a"]
+    change(extractor)
+    assert not torch.equal(extractor(X)["a"], before)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def test_a_deleted_container_does_not_run() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
+    del getattr(extractor, "0")._modules["0"].first
+    with pytest.raises(AttributeError, match="first"):
+        extractor(X)
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
+    delattr(getattr(extractor, "0"), "0")
+    with pytest.raises(AttributeError, match="0"):
+        extractor(X)
+
+
+def test_replicas_of_data_parallel_do_not_share_containers() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
+    container = getattr(extractor, "0")
+    replica = container._replicate_for_data_parallel()
+    replica._modules["0"] = None
+    assert getattr(replica, "0") is None
+    assert getattr(container, "0") is not None

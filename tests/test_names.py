@@ -1,0 +1,150 @@
+"""The four rules of names, on strings and on nets."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, List, Optional, Tuple
+
+import pytest
+import torch
+from torch import nn
+
+from tests import featx, nets
+from tests.nets import net
+
+
+def names_of(calls: List[Tuple[str, Optional[str]]]) -> List[str]:
+    namer = featx._Namer()
+    return [namer.name(scope, own) for scope, own in calls]
+
+
+@pytest.mark.parametrize(
+    ("calls", "names"),
+    [
+        # rule 1: a leaf by its path, anything else by scope and fx's name
+        ([("", "x"), ("conv", None), ("layer.0", "relu")], ["x", "conv", "layer.0.relu"]),
+        # rule 2: fx's number goes
+        ([("a", "relu_7")], ["a.relu"]),
+        # rule 2 eats real suffixes too
+        ([("fc_1", None), ("fc_2", None)], ["fc", "fc_1"]),
+        # rule 3: numbers within a scope
+        ([("a", "add"), ("b", "add_1"), ("a", "add_2")], ["a.add", "b.add", "a.add_1"]),
+        # rule 3: a module called again
+        ([("a.b", None), ("a.b", None), ("a.b", None)], ["a.b", "a.b_1", "a.b_2"]),
+        # rule 3: only one suffix is removed
+        ([("", "x_1_2"), ("", "x_1_3"), ("", "x_4")], ["x_1", "x_1_1", "x_2"]),
+        # rule 3: the most recently given form decides
+        ([("", "x_5_1"), ("", "x_7"), ("", "x_8")], ["x_5", "x_6", "x_7"]),
+        # rule 4: torchvision repeats x_1 here
+        ([("", "x"), ("", "x_1"), ("", "x_0_1"), ("", "x_2")], ["x", "x_1", "x_0", "x_2"]),
+        # rule 4: and so does it here, where the next free number is beyond a run
+        ([("", "x"), ("", "x"), ("", "x"), ("", "x_0_9"), ("", "x")], ["x", "x_1", "x_2", "x_0", "x_3"]),
+        # nothing before the underscore: no suffix
+        ([("", "_1"), ("", "_1")], ["_1", "_1_1"]),
+        # digits that are not ASCII are letters here
+        ([("a_²", None), ("a_٣", None)], ["a_²", "a_٣"]),
+        # characters that mean something in a regular expression
+        ([("a+b", None), ("a+b", None), ("a(b", None), ("1", None), ("1", None), ("1", None)],
+         ["a+b", "a+b_1", "a(b", "1", "1_1", "1_2"]),
+        ([("a_b", None), ("a.b", None)], ["a_b", "a.b"]),
+    ],
+)  # fmt: skip
+def test_rules(calls: List[Tuple[str, Optional[str]]], names: List[str]) -> None:
+    assert names_of(calls) == names
+
+
+def slow_names(calls: List[Tuple[str, Optional[str]]]) -> List[str]:
+    """The rules once more, by another way: look back over all names for the most recent form."""
+    given: List[str] = []
+    for scope, own in calls:
+        stem = ".".join(part for part in (scope, own) if part)
+        if own is None:
+            stem = scope
+        head, _, digits = stem.rpartition("_")
+        if head and digits and all(digit in "0123456789" for digit in digits):
+            stem = head
+        name = stem
+        for earlier in reversed(given):
+            rest = earlier[len(stem) :] if earlier.startswith(stem) else "?"
+            if rest == "" or (rest[0] == "_" and rest[1:] and all(digit in "0123456789" for digit in rest[1:])):
+                number = int(rest[1:] or 0) + 1
+                while f"{stem}_{number}" in given:
+                    number += 1
+                name = f"{stem}_{number}"
+                break
+        given.append(name)
+    return given
+
+
+def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
+    for _ in range(300):
+        pieces = ["x", "x_1", "x_0", "x_2", "x_1_1", "_1", "a_x", "x_10", "x_00", "1"]
+        calls = [(rng.choice(["", "a", "a_1", "a.b"]), rng.choice(pieces)) for _ in range(rng.randrange(40))]
+        calls = [(scope, own) if own != "1" or not scope else (scope, None) for scope, own in calls]
+        names = names_of(calls)
+        assert names == slow_names(calls), calls
+        assert len(set(names)) == len(names), calls
+
+
+def test_a_descending_run_does_not_make_naming_slow() -> None:
+    """Each reset runs into the names before it; walking over them again and again would be quadratic."""
+    count = 20_000
+    calls = [call for i in range(count, 0, -1) for call in (("", f"x_{i}_1"), ("", "x"))]
+    start = time.perf_counter()
+    assert len(set(names_of(calls))) == 2 * count
+    assert time.perf_counter() - start < 5
+
+
+def test_names_of_both_modes() -> None:
+    names = featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
+    block = ["body.0.first", "body.0.sigmoid", "body.0.second", "body.0.sigmoid_1", "body.0.add"]
+    assert isinstance(names, featx.NodeNames)
+    assert names.train == ["x", *block, "body.1", "body.2", "head", "aux", "mean", "add"]
+    assert names.eval == ["x", *block, "body.1", "body.2", "head", "mul"]
+
+
+def test_shared_and_repeated_modules() -> None:
+    shared = nets.Block()
+    model = net(lambda self, x: self.b(self.a(self.a(x))), a=shared, b=shared)
+    first = ["a.first", "a.sigmoid", "a.second", "a.sigmoid_1", "a.add"]
+    second = ["a.first_1", "a.sigmoid_2", "a.second_1", "a.sigmoid_3", "a.add_1"]
+    third = ["a.first_2", "a.sigmoid_4", "a.second_2", "a.sigmoid_5", "a.add_2"]
+    assert featx.get_graph_node_names(model).eval == ["x", *first, *second, *third]
+
+
+def test_parameters_that_are_used_directly_have_names() -> None:
+    model = net(lambda self, x: x @ self.weight + self.bias, weight=nn.Parameter(torch.ones(2, 2)), bias=torch.ones(2))
+    assert featx.get_graph_node_names(model).eval == ["x", "weight", "matmul", "add"]
+
+
+def test_tracer_names_follow_execution_order() -> None:
+    tracer = featx.NodePathTracer()
+    graph = tracer.trace(nets.Block())
+    nodes = list(tracer.node_to_qualname)
+    assert nodes == [node for node in graph.nodes if node.op != "output"]
+    assert tracer.names == list(tracer.node_to_qualname.values())
+
+
+def test_leaf_modules_and_non_leaf_modules() -> None:
+    model = nn.Sequential(nets.Block(), nn.Identity())
+    plain = featx.get_graph_node_names(model).eval
+    closed = featx.get_graph_node_names(model, {"leaf_modules": [nets.Block]}).eval
+    opened = featx.get_graph_node_names(model, {"non_leaf_modules": {nn.Identity, nn.Linear}}).eval
+    assert plain == ["input", "0.first", "0.sigmoid", "0.second", "0.sigmoid_1", "0.add", "1"]
+    assert closed == ["input", "0", "1"]
+    assert "0.first.linear" in opened
+    assert "0.first" not in opened
+    assert "1" not in opened
+    both = {"leaf_modules": (nets.Block,), "non_leaf_modules": (nets.Block,)}
+    assert featx.get_graph_node_names(model, both).eval == plain
+
+
+def test_autowrapped_functions() -> None:
+    model = net(lambda self, x: helper(x) + 1)
+    assert featx.get_graph_node_names(model).eval == ["x", "sigmoid", "mul", "add"]
+    wrapped = featx.get_graph_node_names(model, {"autowrap_functions": (helper,)}).eval
+    assert wrapped == ["x", "helper", "add"]
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x) * 2

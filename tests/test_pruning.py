@@ -1,0 +1,293 @@
+"""What runs is what the requested values need; the oracle is the whole traced graph, run node by node with clones."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any, Dict
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import featx, nets
+from tests.nets import net
+
+
+def snapshot(value: Any) -> Any:
+    """The value as it is now: later in-place writes do not reach it."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(snapshot(item) for item in value)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    return value
+
+
+class Snapshots(fx.Interpreter):
+    """Runs a graph and keeps a clone of every node's value, taken when it was made."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n.name] = snapshot(value)
+        return value
+
+
+def truth(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """Name -> what the node's value was when it was made, from an independent run of the whole graph."""
+    tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
+    interpreter = Snapshots(fx.GraphModule(model, tracer.trace(model)))
+    with torch.no_grad():
+        interpreter.run(x.clone())
+    return {name: interpreter.seen[node.name] for node, name in tracer.node_to_qualname.items()}
+
+
+def features(model: nn.Module, queries: list[str], x: torch.Tensor) -> dict[str, Any]:
+    extractor = featx.create_feature_extractor(model, queries, suppress_diff_warning=True)
+    with torch.no_grad():
+        return extractor(x.clone())
+
+
+def test_the_oracle_sees_what_is_overwritten() -> None:
+    model = net(lambda self, x: self.relu(x - 0.5), relu=nn.ReLU(inplace=True))
+    x = torch.rand(100)
+    seen = truth(model, x)
+    assert torch.equal(seen["sub"], x - 0.5)
+    assert seen["sub"].min() < 0 <= seen["relu"].min()
+
+
+EVERY_NODE = ["googlenet", "mobilenet_v3_small", "resnet18", "swin_t", "vit_b_32"]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", EVERY_NODE)
+def test_every_node_alone_has_the_value_it_had_when_it_was_made(name: str) -> None:
+    model, x = nets.build(name).eval(), nets.zoo_input(name)
+    seen = truth(model, x)
+    assert len(seen) > 50
+    for query, expected in seen.items():
+        actual = features(model, [query], x)
+        assert list(actual) == [query]
+        assert nets.same(actual[query], expected), query
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
+def test_drawn_nodes_of_models_with_unassigned_writes(name: str, rng: random.Random) -> None:
+    model, x = nets.build(name).eval(), nets.zoo_input(name)
+    seen = truth(model, x)
+    for query in [*rng.sample(sorted(seen), 5), list(seen)[-1]]:
+        print(name, query)
+        assert nets.same(features(model, [query], x)[query], seen[query]), query
+    with torch.no_grad():
+        assert torch.equal(features(model, ["output"], x)["output"], model(x))
+
+
+@pytest.mark.parametrize("kind", nets.IN_PLACE)
+def test_a_write_is_kept_while_something_later_reads_the_memory(kind: str) -> None:
+    model, x = nets.writes_in_place(kind).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x.clone())
+        untouched = model.linear(x)
+    assert not torch.equal(expected, untouched), "the write makes no difference, so this net shows nothing"
+    last = featx.get_graph_node_names(model).eval[-1]
+    actual = features(model, [last, "output"], x)
+    assert torch.equal(actual[last], expected)
+    assert torch.equal(actual["output"], expected)
+    # The requested value is no reader: alone, it is what it was when it was made, and the write is not run.
+    alone = featx.create_feature_extractor(model, ["linear"], suppress_diff_warning=True)
+    assert [node.op for node in alone.eval_graph.nodes] == ["placeholder", "call_module", "output"]
+    with torch.no_grad():
+        assert torch.equal(alone(x)["linear"], untouched)
+
+
+def calls(extractor: nn.Module, x: torch.Tensor) -> list[str]:
+    """The leaves that run, in order, counted by hooks."""
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, path=path: ran.append(path))
+        for path, module in extractor.named_modules()
+        if path and not any(module.children())
+    ]
+    extractor(x)
+    for handle in handles:
+        handle.remove()
+    return ran
+
+
+def test_nothing_runs_after_the_last_requested_node() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    extractor = featx.create_feature_extractor(model, ["2"])
+    assert calls(extractor, torch.rand(1, 4)) == ["0", "1", "2"]
+    assert list(extractor.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]
+
+
+def test_a_branch_that_nothing_reads_is_gone_with_its_in_place_operations() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        trunk = self.trunk(x)
+        side = self.relu(self.norm(self.side(trunk)))  # in place, but into memory of its own
+        return self.head(trunk), side
+
+    model = net(
+        forward,
+        trunk=nn.Linear(4, 4),
+        side=nn.Linear(4, 4),
+        norm=nn.LayerNorm(4),
+        relu=nn.ReLU(inplace=True),
+        head=nn.Linear(4, 4),
+    )
+    extractor = featx.create_feature_extractor(model, ["head"])
+    assert calls(extractor, torch.rand(1, 4)) == ["trunk", "head"]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    ("name", "options", "query"),
+    [
+        ("googlenet", {"init_weights": False}, "fc"),
+        ("inception_v3", {"init_weights": False}, "fc"),
+        ("fcn_resnet50", {"weights_backbone": None, "aux_loss": True}, "classifier"),
+        ("deeplabv3_mobilenet_v3_large", {"weights_backbone": None, "aux_loss": True}, "classifier"),
+    ],
+)
+def test_auxiliary_heads_are_gone(name: str, options: Dict[str, Any], query: str) -> None:
+    from torchvision.models import get_model
+
+    model = get_model(name, weights=None, **options)
+    assert [path for path, _ in model.named_children() if path.lower().startswith("aux")]
+    extractor = featx.create_feature_extractor(model, [query], suppress_diff_warning=True)
+    assert not [path for path, _ in extractor.named_children() if path.lower().startswith("aux")]
+
+
+def test_asserts_before_the_cut_stay_and_those_after_it_go() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        torch._assert(x.shape[1] == 4, "four features")
+        y = self.first(x)
+        torch._assert(y.shape[0] == 1, "one sample")
+        return self.second(y)
+
+    model = net(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4))
+    early = featx.create_feature_extractor(model, ["first"])
+    late = featx.create_feature_extractor(model, ["second"])
+    with pytest.raises(AssertionError, match="four features"):
+        early(torch.rand(1, 5))
+    assert list(early(torch.rand(2, 4))) == ["first"]
+    with pytest.raises(AssertionError, match="one sample"):
+        late(torch.rand(2, 4))
+
+
+def test_placeholders_stay() -> None:
+    model = net(lambda self, x, unused, scale=2.0, *rest, **options: self.first(x) * scale, first=nn.Linear(4, 4))
+    extractor = featx.create_feature_extractor(model, ["x"])
+    x = torch.rand(1, 4)
+    assert torch.equal(extractor(x, None, 3.0, "more", option=1)["x"], x)
+
+
+def test_a_write_into_a_parameter_is_kept_for_the_module_that_reads_it() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.fc.weight.data.clamp_(0.1, 0.2)
+        return self.fc(x)
+
+    model, x = net(forward, fc=nn.Linear(4, 4)), torch.rand(2, 4)
+    extractor = featx.create_feature_extractor(model, ["fc"])
+    actual = extractor(x)["fc"]
+    assert model.fc.weight.min() >= 0.1
+    assert torch.equal(actual, model(x))
+
+
+def test_a_buffer_that_is_written_and_read_again() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        torch.add(self.total, x.sum(), out=self.total)
+        return x + self.total
+
+    model = net(forward, total=torch.zeros(()))
+    extractor = featx.create_feature_extractor(model, ["add_1"])
+    x = torch.ones(3)
+    assert extractor(x)["add_1"].tolist() == [4.0, 4.0, 4.0]
+    assert extractor(x)["add_1"].tolist() == [7.0, 7.0, 7.0]
+
+
+class Opaque(nn.Module):
+    """A leaf of which featx knows nothing; it writes into its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+
+def test_an_opaque_leaf_whose_value_nobody_takes_is_there_for_its_effect() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.linear(x)
+        self.opaque(y)
+        return self.head(y)
+
+    model, x = net(forward, linear=nn.Linear(4, 4), opaque=Opaque(), head=nn.Linear(4, 4)), torch.rand(2, 4)
+    extractor = featx.create_feature_extractor(model, ["head"], tracer_kwargs={"leaf_modules": [Opaque]})
+    with torch.no_grad():
+        assert torch.equal(extractor(x)["head"], model(x))
+    alone = featx.create_feature_extractor(model, ["linear"], tracer_kwargs={"leaf_modules": [Opaque]})
+    assert list(alone.state_dict()) == ["linear.weight", "linear.bias"]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "googlenet", "maxvit_t", "mvit_v1_b", "resnet18", "swin_t", "vit_b_32"]
+)
+def test_no_write_and_no_view_of_the_zoo_is_missed(name: str) -> None:
+    """Storages and version counters say what each node wrote to and shared; the analysis must have foreseen it."""
+    x = nets.zoo_input(name)
+    for mode in (True, False):
+        model = nets.build(name).train(mode)
+        tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
+        graph = tracer.trace(model)
+        effects = {node: featx._effects(model, node) for node in graph.nodes}
+
+        class Watch(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                before = {node: list(nets.tensors(self.env[node])) for node in n.all_input_nodes}
+                versions = {node: [tensor._version for tensor in values] for node, values in before.items()}
+                value = super().run_node(n)
+                if n.op in ("placeholder", "get_attr", "output"):
+                    return value
+                writes, views = effects[n]  # noqa: B023
+                storages = {tensor.storage().data_ptr() for tensor in nets.tensors(value) if tensor.numel()}
+                for node, values in before.items():
+                    if [tensor._version for tensor in values] != versions[node]:
+                        assert node in writes, f"{n.name} writes into {node.name}"
+                    if storages & {tensor.storage().data_ptr() for tensor in values if tensor.numel()}:
+                        assert node in views, f"{n.name} views {node.name}"
+                return value
+
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TypedStorage, which is what all versions of torch have
+            Watch(fx.GraphModule(model, graph)).run(x)
+
+
+def test_liveness_on_plain_data() -> None:
+    """x; a = f(x); b = view of a; write into b; c = g(a); d = h(x); each request keeps just what it needs."""
+    op = featx._Operation
+    program = [
+        op(kind="placeholder"),
+        op((0,)),
+        op((1,), views=(1,)),
+        op((2,), writes=(2,), views=(2,)),
+        op((1,)),
+        op((0,)),
+        op((0,), kind="assert"),
+        op(kind="placeholder"),
+    ]
+    staying = {request: featx._staying(program, [request]) for request in (0, 1, 2, 3, 4, 5)}
+    assert staying == {
+        0: [0, 7],
+        1: [0, 1, 7],
+        2: [0, 1, 2, 7],
+        3: [0, 1, 2, 3, 7],
+        4: [0, 1, 2, 3, 4, 7],
+        5: [0, 5, 7],
+    }
+    assert featx._staying(program, [5, 6]) == [0, 5, 6, 7]
+    assert featx._staying(program, []) == [0, 7]

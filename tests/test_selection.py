@@ -1,0 +1,105 @@
+"""Queries: literal, each by itself, in execution order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import featx, nets
+
+NAMES = ["x", "layer1.0.conv", "layer1.0.relu", "layer1.1.conv", "layer10.conv", "fc", "fc_1"]
+
+
+@pytest.mark.parametrize(
+    ("query", "position"),
+    [
+        ("x", 0),
+        ("layer1", 3),
+        ("layer1.0", 2),
+        ("layer1.0.conv", 1),
+        ("layer10", 4),
+        ("fc", 5),
+        ("fc_1", 6),
+        ("layer", None),
+        ("layer1.", None),
+        ("layer1.0.con", None),
+        ("layer.*", None),
+        (".", None),
+        ("", None),
+        ("X", None),
+    ],
+)
+def test_a_query_matches_literally_up_to_a_dot(query: str, position: int | None) -> None:
+    assert featx._select(NAMES, [query]) == ({} if position is None else {query: position})
+
+
+def test_each_query_is_resolved_by_itself() -> None:
+    queries = ["layer1", "layer1.1", "layer1.1.conv", "layer1.0"]
+    expected = {"layer1": 3, "layer1.1": 3, "layer1.1.conv": 3, "layer1.0": 2}
+    assert featx._select(NAMES, queries) == featx._select(NAMES, queries[::-1]) == expected
+
+
+MODEL = nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("return_nodes", "keys"),
+    [
+        ("1", ["1"]),
+        (["2", "0"], ["0", "2"]),
+        (("2", "0.first"), ["0.first", "2"]),
+        ({"2": "b", "0": "a"}, ["a", "b"]),
+        ({"1", "0"}, ["0", "1"]),
+        ((str(number) for number in (2, 0)), ["0", "2"]),
+        ({"2": "b", "0": "a"}.keys(), ["0", "2"]),
+        ([2, 0], ["0", "2"]),
+        ({0: 1}, ["1"]),
+        (["1", "1"], ["1"]),
+        ([], []),
+        (["output", "1"], ["1", "output"]),
+    ],
+)
+def test_forms_of_return_nodes(return_nodes: object, keys: list[str]) -> None:
+    extractor = featx.create_feature_extractor(MODEL, return_nodes)
+    assert list(extractor(torch.rand(3, 4))) == keys
+
+
+def test_queries_for_each_mode() -> None:
+    extractor = featx.create_feature_extractor(
+        nets.Modes(), train_return_nodes={"aux": "a", "head": "h"}, eval_return_nodes="mul", suppress_diff_warning=True
+    )
+    x = torch.rand(3, 4)
+    assert list(extractor.train()(x)) == ["h", "a"]
+    assert list(extractor.eval()(x)) == ["mul"]
+
+
+def test_a_value_of_any_structure_can_be_asked_for() -> None:
+    model = nets.net(
+        lambda self, x: {"halves": torch.chunk(self.fc(x), 2, 1), "size": x.shape[0], "none": None}, fc=nn.Linear(4, 4)
+    )
+    x = torch.rand(3, 4)
+    values = featx.create_feature_extractor(model, ["chunk", "output", "getattr"])(x)
+    assert nets.same(values["output"], model(x))
+    assert nets.same(values["chunk"], torch.chunk(model.fc(x), 2, 1))
+    assert nets.same(tuple(values["getattr_1" if "getattr_1" in values else "getattr"]), (3, 4))
+    assert list(values)[-1] == "output"
+
+
+def test_output_means_a_module_of_that_name_where_there_is_one() -> None:
+    model = nets.net(lambda self, x: self.output(x) * 2, output=nn.Linear(4, 4))
+    x = torch.rand(3, 4)
+    values = featx.create_feature_extractor(model, "output")(x)
+    assert torch.equal(values["output"], model.output(x))
+
+
+@pytest.mark.parametrize(
+    ("query", "first"),
+    [("layer1.0.con", "layer1.0.conv"), ("layr1", "layer1"), ("fc_2", "fc_1"), ("layer_10", "layer10")],
+)
+def test_suggestions_put_the_likeliest_first(query: str, first: str) -> None:
+    assert featx._suggestions(NAMES, query)[0] == first
+
+
+def test_no_suggestion_where_nothing_is_close() -> None:
+    assert featx._suggestions(NAMES, "transformer") == []
