@@ -31,6 +31,7 @@ caller's model; the README lists every difference.
 import argparse
 import ast
 import builtins
+import collections
 import contextlib
 import copy
 import difflib
@@ -182,8 +183,8 @@ def get_graph_node_names(
     ['input', '0', '1']
     """
     # 1. Trace in both modes; the model is restored, whatever happens.
-    with _unchanged(model):
-        tracers = _trace_both(model, tracer_kwargs, concrete_args)
+    with _unchanged(model) as keeper:
+        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args)
     # 2. Say where the modes differ, since one list of queries may then not do for both.
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
@@ -229,9 +230,9 @@ def create_feature_extractor(
     # 1. What is asked for: {mode: {query: key}}.
     _check_model(model)
     queries = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
-    with _unchanged(model):
+    with _unchanged(model) as keeper:
         # 2. Trace in both modes, and find the node of each query.
-        tracers = _trace_both(model, tracer_kwargs, concrete_args)
+        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args)
         features = {mode: _find_features(tracers, mode, queries[mode]) for mode in tracers}
         # 3. Cut each graph down to what its features need.
         graphs = {mode: _prune(tracers[mode], features[mode]) for mode in tracers}
@@ -292,6 +293,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._scope = ""
         self._namer = _Namer()
         self._failure: Optional[Tuple[BaseException, str, Type[nn.Module]]] = None
+        self._thread = threading.get_ident()
 
     @property
     def names(self) -> List[str]:
@@ -302,6 +304,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Any:
         """Record the call of a leaf module, or trace through the module with its path as scope."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # another thread runs a model while torch.fx has nn.Module patched
         path = self.path_of_module(m)
         outer, self._scope = self._scope, path
         try:
@@ -314,6 +318,12 @@ class NodePathTracer(LeafModuleAwareTracer):
             raise
         finally:
             self._scope = outer
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
+        """Record the use of a parameter."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(
         self,
@@ -350,29 +360,48 @@ def _annotation(model_type: Type[nn.Module], parameter: str) -> Any:
 
 
 def _trace_both(
-    model: nn.Module, tracer_kwargs: Optional[Mapping[str, Any]], concrete_args: Optional[Dict[str, Any]]
+    keeper: "_Keeper",
+    model: nn.Module,
+    tracer_kwargs: Optional[Mapping[str, Any]],
+    concrete_args: Optional[Dict[str, Any]],
 ) -> Dict[str, NodePathTracer]:
     """Trace in train mode, then in eval mode; afterwards each submodule has the mode it had."""
+    arguments = _tracer_arguments(tracer_kwargs)
+    _check_concrete_args(model, concrete_args)
     modes = {module: module.training for module in model.modules()}
     try:
         tracers = {}
         for mode in ("train", "eval"):
             getattr(model, mode)()
-            tracers[mode] = _trace(model, _tracer_arguments(tracer_kwargs), concrete_args)
+            tracers[mode] = _trace(keeper, model, arguments, concrete_args)
         return tracers
     finally:
+        # By the methods first: some models, such as those that merge weights, do more in them than set the attribute.
+        for module, training in modes.items():
+            if module.training != training:
+                getattr(module, "train" if training else "eval")()
         for module, training in modes.items():
             module.training = training
 
 
-def _trace(model: nn.Module, arguments: Dict[str, Any], concrete_args: Optional[Dict[str, Any]]) -> NodePathTracer:
+def _trace(
+    keeper: "_Keeper", model: nn.Module, arguments: Dict[str, Any], concrete_args: Optional[Dict[str, Any]]
+) -> NodePathTracer:
+    """Trace in the mode that the model is in; of what its forward does to it, only constants stay."""
     tracer = NodePathTracer(**arguments)
+    restore, before = keeper.note(), set(vars(model))
+    constants: Dict[str, Any] = {}
     try:
-        tracer.trace(model, concrete_args=concrete_args)
+        graph = tracer.trace(model, concrete_args=concrete_args)
+        targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        constants = {name: vars(model)[name] for name in vars(model) if name in targets and name not in before}
     except Exception as error:
         path, module_type = tracer.where_failed(error, model)
         reason = f"{type(error).__name__}: {error}{_source_line(error)}"
         raise UntraceableError(path, module_type, reason) from error
+    finally:
+        restore()
+        vars(model).update(constants)
     return tracer
 
 
@@ -387,16 +416,36 @@ def _tracer_arguments(given: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
         raise TypeError(f"tracer_kwargs has {unknown}; the tracer takes {', '.join(sorted(known))}")
     # torchvision's operators are single operations wherever torchvision is in use, as they are there.
     ops = sys.modules.get("torchvision.ops")
-    classes = [v for v in vars(ops).values() if isinstance(v, type) and issubclass(v, nn.Module)] if ops else []
-    arguments["autowrap_modules"] = (math, *([ops] if ops else []), *arguments.get("autowrap_modules", ()))
-    for name, defaults in (("leaf_modules", classes), ("non_leaf_modules", [])):
+    classes = list(filter(_is_module_class, vars(ops).values())) if ops else []
+    expected: Dict[str, Tuple[Sequence[Any], str, Callable[[Any], bool]]] = {
+        "leaf_modules": (classes, "classes of modules", _is_module_class),
+        "non_leaf_modules": ((), "classes of modules", _is_module_class),
+        "autowrap_modules": ((math, ops) if ops else (math,), "Python modules", inspect.ismodule),
+        "autowrap_functions": ((), "functions", callable),
+    }
+    for name, (defaults, wanted, is_wanted) in expected.items():
         values = arguments.get(name, ())
         values = tuple(values) if isinstance(values, Iterable) else (values,)
         for value in values:
-            if not (isinstance(value, type) and issubclass(value, nn.Module)):
-                raise TypeError(f"tracer_kwargs[{name!r}] takes classes of modules, not {value!r}")
+            if not is_wanted(value):
+                raise TypeError(f"tracer_kwargs[{name!r}] takes {wanted}, not {value!r}")
         arguments[name] = (*defaults, *values)
     return arguments
+
+
+def _is_module_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _check_concrete_args(model: nn.Module, concrete_args: Any) -> None:
+    if concrete_args is None or isinstance(concrete_args, tuple):
+        return
+    if not isinstance(concrete_args, Mapping):
+        raise TypeError(f"concrete_args takes a dict argument -> value, not {concrete_args!r}")
+    known = list(inspect.signature(type(model).forward).parameters)[1:]
+    for name in concrete_args:
+        if name not in known:
+            raise ValueError(f"concrete_args has {name!r}; the arguments of forward are {', '.join(known)}")
 
 
 def _source_line(error: BaseException) -> str:
@@ -413,8 +462,9 @@ def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathT
     train, evaluation = (list(t.node_to_qualname.values()) for t in (train_tracer, eval_tracer))
     if train == evaluation:
         return
-    only_train = _shorten([name for name in train if name not in set(evaluation)])
-    only_eval = _shorten([name for name in evaluation if name not in set(train)])
+    in_train, in_eval = set(train), set(evaluation)
+    only_train = _shorten([name for name in train if name not in in_eval])
+    only_eval = _shorten([name for name in evaluation if name not in in_train])
     only = [f"only in {mode} mode: {names}" for mode, names in (("train", only_train), ("eval", only_eval)) if names]
     _warn(
         f"the nodes of the train graph and of the eval graph differ: {'; '.join(only) or 'their order does'}."
@@ -433,7 +483,7 @@ def _warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename == _FILE:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level - 1)
+    warnings.warn(message, stacklevel=level)
 
 
 _FILE = _shorten.__code__.co_filename
@@ -504,10 +554,13 @@ def _as_mapping(queries: Any, argument: str) -> Dict[str, str]:
     """``{query: key}`` from a mapping, an iterable of queries or one query."""
     if isinstance(queries, str):
         queries = [queries]
-    if isinstance(queries, nn.Module) or not isinstance(queries, Iterable):
+    if isinstance(queries, (nn.Module, bytes)) or not isinstance(queries, Iterable):
         given = type(queries).__name__
         raise TypeError(f"{argument} takes a dict query -> key, a list of queries or a query, not a {given}")
-    pairs = queries.items() if isinstance(queries, Mapping) else ((query, query) for query in queries)
+    pairs = list(queries.items() if isinstance(queries, Mapping) else ((query, query) for query in queries))
+    for name in itertools.chain.from_iterable(pairs):
+        if not isinstance(name, (str, int)):
+            raise TypeError(f"{argument} has {name!r}; queries and keys are strings")
     mapping = {str(query): str(key) for query, key in pairs}
     owners: Dict[str, str] = {}
     for query, key in mapping.items():
@@ -635,17 +688,13 @@ def _prune(tracer: NodePathTracer, features: Dict[str, Optional[fx.Node]]) -> fx
     """Cut a traced graph down to what the features need, and make them its output."""
     graph = tracer.graph
     nodes = list(graph.nodes)
-    output = nodes.pop()
+    output = nodes[-1]
     position = {node: index for index, node in enumerate(nodes)}
     operations = _describe(tracer, nodes, position)
-    wanted = [node for node in features.values() if node is not None]
-    if None in features.values():
-        wanted += [*output.all_input_nodes, nodes[-1]]
-    values = {key: output.args[0] if node is None else node for key, node in features.items()}
-    graph.erase_node(output)
-    kept = set(_staying(operations, [position[node] for node in wanted]))
+    kept = set(_staying(operations, [position[node or output] for node in features.values()]))
+    values = {key: node or output.args[0] for key, node in features.items()}
     for index in range(len(nodes) - 1, -1, -1):
-        if index not in kept:
+        if index not in kept or nodes[index] is output:
             graph.erase_node(nodes[index])
     graph.output(values)
     if hasattr(graph._codegen, "pytree_info"):
@@ -657,16 +706,18 @@ def _prune(tracer: NodePathTracer, features: Dict[str, Optional[fx.Node]]) -> fx
 def _describe(tracer: NodePathTracer, nodes: Sequence[fx.Node], position: Dict[fx.Node, int]) -> List[_Operation]:
     """What each node reads, writes and shares, as plain data."""
     operations = []
-    attributes: Dict[str, List[int]] = {}  # path -> the nodes that fetch an attribute at or below it
+    fetched: Dict[int, List[int]] = {}  # a parameter or buffer, by its id -> the nodes that fetch it
     for index, node in enumerate(nodes):
         inputs = [position[taken] for taken in node.all_input_nodes]
         writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node))
         if node.op == "get_attr":
-            views = attributes.get(str(node.target), [])[:1]
-            for path in _prefixes(str(node.target)):
-                attributes.setdefault(path, []).append(index)
-        elif node.op == "call_module":
-            inputs += attributes.get(str(node.target), [])  # a module also reads its own parameters
+            same = fetched.setdefault(id(_at(tracer.root, str(node.target))), [])
+            views = same[:1]
+            same.append(index)
+        elif node.op == "call_module" and fetched:  # a module also reads its own parameters and buffers
+            module = _at(tracer.root, str(node.target))
+            for tensor in itertools.chain(module.parameters(), module.buffers()):
+                inputs += fetched.get(id(tensor), [])
         kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
         operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
     return operations
@@ -681,7 +732,7 @@ _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
     "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod chain_matmul data einsum meshgrid type_as"
     " unsafe_chunk unsafe_split unsafe_split_with_sizes alpha_dropout dropout feature_alpha_dropout feature_dropout"
-    " getitem pos".split()
+    " conj_physical dequantize getitem pos resize resize_as sum_to_size to_dense".split()
 )
 _VIEW_ATTRIBUTES = frozenset("H T data grad imag mH mT real".split())
 _IN_PLACE_OPERATORS = frozenset(
@@ -693,21 +744,18 @@ def _effects(root: nn.Module, node: fx.Node) -> _Effects:
     """The inputs into whose memory a node writes, and those that its value may share memory with."""
     if node.op not in ("call_module", "call_function", "call_method"):
         return [], []
-    inputs, subject = node.all_input_nodes, _nodes_in(node.args[:1])
+    inputs = node.all_input_nodes
     if node.op == "call_module":
-        module = _at(root, str(node.target))
-        if getattr(module, "inplace", False):
-            return inputs, inputs
-        if _is_torch(type(module)) and not any(module.children()):
-            return [], inputs if isinstance(module, _VIEW_MODULES) else []
+        effect = _module_effect(_at(root, str(node.target)))
+        return _opaque(node) if effect is None else (inputs * effect.writes, inputs * effect.views)
+    if not _is_torch(node.target):
         return _opaque(node)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if _writes_first_argument(node, name):
+        subject = _nodes_in(node.args[:1]) or inputs
         return subject, subject
     if node.target is getattr:
         return [], inputs if node.args[1] in _VIEW_ATTRIBUTES else []
-    if not _is_torch(node.target):
-        return _opaque(node)
     if name in _VIEW_FUNCTIONS:
         return [], inputs
     aliases = _aliases(_operator_name(node, name))
@@ -718,13 +766,40 @@ def _effects(root: nn.Module, node: fx.Node) -> _Effects:
     return writes, views
 
 
+class _Effect(NamedTuple):
+    writes: bool
+    views: bool
+
+
+def _module_effect(module: nn.Module) -> Optional[_Effect]:
+    """Whether a leaf writes into its inputs and whether it may return them; None if that cannot be known."""
+    if getattr(module, "inplace", False):
+        return _Effect(writes=True, views=True)
+    if type(module).forward is nn.Sequential.forward:
+        writes, views = False, True
+        for child in module.children():
+            effect = _module_effect(child)
+            if effect is None:
+                return None
+            writes, views = writes or (views and effect.writes), views and effect.views
+        return _Effect(writes, views)
+    if _is_torch(type(module)) and not any(module.children()):
+        return _Effect(writes=False, views=isinstance(module, _VIEW_MODULES))
+    if any(getattr(part, "inplace", False) for part in module.modules()):
+        return _Effect(writes=True, views=True)
+    return None
+
+
 def _opaque(node: fx.Node) -> _Effects:
     """What is not torch's own may return its inputs; if nobody takes its value, it is there for a side effect."""
     inputs = node.all_input_nodes
-    return ([] if node.users else inputs), inputs
+    writes = not node.users or _writes_first_argument(node, getattr(node.target, "__name__", ""))
+    return inputs * writes, inputs
 
 
 def _writes_first_argument(node: fx.Node, name: str) -> bool:
+    if node.op == "call_module":
+        return False
     if node.op == "call_function":
         if name in _IN_PLACE_OPERATORS and getattr(node.target, "__module__", "") == "_operator":
             return True
@@ -784,7 +859,34 @@ def _nodes_in(arguments: Iterable[Any]) -> List[fx.Node]:
 # -------------------------------------------------------------------------- the two-mode module
 
 
-class DualGraphModule(fx.GraphModule):
+class _Walkable(nn.Module):
+    """A module whose containers also stand in its ``__dict__``.
+
+    The compiled code walks ``self.a.b.c`` for each call, and this spares it the detour over
+    ``nn.Module.__getattr__``. Whoever assigns, adds or deletes a child takes both entries away; only
+    writing into ``_modules`` does not, so leaves, which quantization swaps there, are never put in.
+    """
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        self._forget(name)
+        super().add_module(name, module)
+
+    def __delattr__(self, name: str) -> None:
+        self._forget(name)
+        super().__delattr__(name)
+
+    def _forget(self, name: str) -> None:
+        if name in self._modules and isinstance(vars(self).get(name), _Container):
+            del vars(self)[name]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        for name in self._modules:
+            replica._forget(name)
+        return replica
+
+
+class DualGraphModule(_Walkable, fx.GraphModule):
     """A module with a graph for each mode; calling it runs the graph of the mode that it is in.
 
     Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So
@@ -842,9 +944,13 @@ class DualGraphModule(fx.GraphModule):
     def recompile(self) -> fx.graph.PythonCode:
         """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
         train, evaluation = (_generate(self, graph) for graph in (self.train_graph, self.eval_graph))
+        if _head(train.src) != _head(evaluation.src):
+            raise ValueError(f"the graphs take different arguments: {_head(train.src)} {_head(evaluation.src)}")
         self._featx_codes = {"train": train, "eval": evaluation}
         same = (train.src, train.globals) == (evaluation.src, evaluation.globals)
-        self._lineno_map = getattr(train, "_lineno_map", None) if same else {}  # torch.compile reads it
+        # torch.compile looks up the nodes of lines in these.
+        self._lineno_map = getattr(train, "_lineno_map", None) if same else None
+        self._prologue_start = getattr(train, "_prologue_start", None) if same else None
         if same:
             _define(self, "forward", train.src, train.globals)
         else:
@@ -886,27 +992,11 @@ def _blank(base: Type[DualGraphModule], class_name: str) -> DualGraphModule:
     return new
 
 
-class _Container(nn.Module):
-    """Stands for a module that is not called itself, on the path of those that are.
-
-    A container also stands in its parent's ``__dict__``. The compiled code walks ``self.a.b.c`` for
-    each call, and this spares it the detour over ``nn.Module.__getattr__``. Assigning to or
-    deleting the attribute takes both entries away. Leaves are never put there, since
-    quantization swaps them in ``_modules`` without a word.
-    """
+class _Container(_Walkable):
+    """Stands for a module that is not called itself, on the path of those that are."""
 
     def _get_name(self) -> str:
         return "Module"
-
-    def __delattr__(self, name: str) -> None:
-        vars(self).pop(name, None)
-        super().__delattr__(name)
-
-    def _replicate_for_data_parallel(self) -> "_Container":
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        for name in self._modules:
-            vars(replica).pop(name, None)
-        return replica  # type: ignore[no-any-return]
 
 
 def _share(root: nn.Module, new: nn.Module, target: str) -> None:
@@ -985,9 +1075,11 @@ def _parts(module: DualGraphModule, target: str) -> List[Tuple[str, bool]]:
 
 def _is_hidden(module: nn.Module, name: str) -> bool:
     """Whether something of the module's class or of its own hides what is registered as ``name``."""
-    if hasattr(type(module), name):
-        return True
-    return name in vars(module) and vars(module)[name] is not module._modules.get(name)
+    if not any(name in registered for registered in (module._modules, module._parameters, module._buffers)):
+        return False
+    return hasattr(type(module), name) or vars(module).get(name, module._modules.get(name)) is not module._modules.get(
+        name
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1006,6 +1098,11 @@ def _fetch(module: DualGraphModule, target: str) -> str:
     return source
 
 
+def _head(source: str) -> str:
+    """The line that defines ``forward``."""
+    return next(line for line in source.splitlines() if line.startswith("def forward("))
+
+
 def _dispatcher(source: str) -> str:
     r"""The source of a ``forward`` with the signature of the given one that picks by ``self.training``.
 
@@ -1015,7 +1112,7 @@ def _dispatcher(source: str) -> str:
             return self._train_forward(x, *rest)
         return self._eval_forward(x, *rest)
     """
-    head = next(line for line in source.splitlines() if line.startswith("def forward("))
+    head = _head(source)
     function = ast.parse(head + " pass").body[0]
     assert isinstance(function, ast.FunctionDef), "torch.fx's source has a line that defines forward"
     given = function.args
@@ -1118,17 +1215,17 @@ _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the w
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Iterator["_Keeper"]:
     """Leave the model and the process's random and gradient state as they were, whatever happens inside."""
     _check_model(model)
     with _tracing, torch.random.fork_rng(devices=[]), torch.set_grad_enabled(torch.is_grad_enabled()):
-        python_random = random.getstate()
-        restorers = [_attribute_restorer(model), _buffer_restorer(model)]
+        python_random, keeper = random.getstate(), _Keeper(model)
+        restore = keeper.note()
         try:
-            yield
+            yield keeper
         finally:
-            for restore in restorers:
-                restore()
+            restore()
+            keeper.restore_tensors()
             random.setstate(python_random)
 
 
@@ -1137,53 +1234,66 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
 
 
-def _attribute_restorer(model: nn.Module) -> Callable[[], None]:
-    """Takes note of the attributes of all modules and of what their lists, dicts and sets hold."""
-    held: List[Any] = []
-    for module in model.modules():
-        held.append(vars(module))
-        held.extend(value for value in vars(module).values() if isinstance(value, (list, dict, set)))
-    empty = [value for value in held if not value]  # nearly all are hooks that nobody registered
-    filled: List[Tuple[Any, Any]] = [(v, dict(v) if isinstance(v, dict) else list(v)) for v in held if v]
+class _Keeper:
+    """Knows what there is to a model that a forward or a change of mode may touch, and restores it.
 
-    def restore() -> None:
-        for value in filter(None, empty):
-            value.clear()
-        for value, saved in filled:
-            if _holds_the_same(value, saved):
-                continue
-            if isinstance(value, dict):
-                for name in value.keys() - saved.keys():
-                    del value[name]
-                value.update(saved)
-            else:
+    That is: all attributes, what lists, dicts, sets and deques among them hold, however deep, the
+    values of buffers, since what a forward counts there it also counts while tracing, and which
+    parameters require gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found: Dict[int, Any] = {}
+        for module in model.modules():
+            found[id(vars(module))] = vars(module)
+            _find_containers(vars(module), found)
+        # Nearly all that are empty are hooks that nobody registered.
+        self._empty = [container for container in found.values() if not container]
+        self._filled = [container for container in found.values() if container]
+        self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._buffers = [
+            (buffer, buffer._version, buffer.detach().clone())
+            for buffer in model.buffers()
+            if not (nn.parameter.is_lazy(buffer) or buffer.is_inference())
+        ]
+
+    def note(self) -> Callable[[], None]:
+        """Note how the attributes are now; what comes back restores them."""
+        noted = [(value, dict(value) if isinstance(value, dict) else list(value)) for value in self._filled]
+
+        def restore() -> None:
+            for value in filter(None, self._empty):
                 value.clear()
-                value.extend(saved) if isinstance(value, list) else value.update(saved)
+            for value, content in noted:
+                if not _holds_the_same(value, content):
+                    value.clear()
+                    value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
 
-    return restore
+        return restore
+
+    def restore_tensors(self) -> None:
+        """Give the buffers the values and the parameters the ``requires_grad`` that they had at first."""
+        for parameter, requires_grad in self._gradients:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for buffer, version, content in self._buffers:
+                if buffer._version != version or not (buffer.is_meta or torch.equal(buffer, content)):
+                    buffer.copy_(content)
+
+
+def _find_containers(value: Any, found: Dict[int, Any]) -> None:
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (list, dict, set, collections.deque)) and id(item) not in found:
+            found[id(item)] = item
+            if item:
+                _find_containers(item, found)
 
 
 def _holds_the_same(value: Any, saved: Any) -> bool:
     if len(value) != len(saved) or not all(map(operator.is_, value, saved)):
         return False
     return not isinstance(value, dict) or all(map(operator.is_, value.values(), saved.values()))
-
-
-def _buffer_restorer(model: nn.Module) -> Callable[[], None]:
-    """Takes note of the buffers' values: what a forward counts in them, it also counts while tracing."""
-    saved = [
-        (buffer, buffer._version, buffer.detach().clone())
-        for buffer in model.buffers()
-        if not (nn.parameter.is_lazy(buffer) or buffer.is_inference())
-    ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, version, value in saved:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-    return restore
 
 
 # ------------------------------------------------------------------------------- command line
@@ -1200,7 +1310,9 @@ def _main(arguments: Optional[Sequence[str]] = None) -> int:
         model.train(options.train)
         image = _read_image(options.image) if options.image else None
         inputs = torch.rand(*options.input) if options.input else image
-        print(_features(model, options.queries, inputs) if options.queries else _table(model, inputs))
+        print(_features(model, options.queries, inputs) if options.queries else _table(model, inputs), flush=True)
+    except BrokenPipeError:  # whoever read this has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     except Exception as error:  # the model is anybody's code and may raise anything
         parser.error(" ".join(f"{error}".split()) or type(error).__name__)
     return 0
@@ -1275,7 +1387,11 @@ def _read_image(path: str) -> torch.Tensor:
 def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.Tensor]) -> str:
     if inputs is None:
         raise ValueError("computing features needs --image FILE or --input SHAPE")
-    return_nodes = {query: key or query for query, _, key in (given.partition("=") for given in queries)}
+    return_nodes: Dict[str, str] = {}
+    for query, _, key in (given.partition("=") for given in queries):
+        if query in return_nodes:
+            raise ValueError(f"the query {query!r} was given twice")
+        return_nodes[query] = key or query
     extractor = create_feature_extractor(model, return_nodes, suppress_diff_warning=True)
     with torch.no_grad():
         features = extractor(inputs)
@@ -1285,6 +1401,7 @@ def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.T
             rows.append((key, type(value).__name__, "", "", "", "", ""))
             continue
         shape, dtype = "x".join(map(str, value.shape)) or "scalar", str(value.dtype).replace("torch.", "")
+        value = value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value
         numbers = value.double() if value.numel() else torch.tensor(math.nan)
         statistics = (numbers.mean(), numbers.std(unbiased=False), numbers.min(), numbers.max())
         rows.append((key, shape, dtype, *(f"{number:.4g}" for number in statistics)))
@@ -1293,8 +1410,8 @@ def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.T
 
 def _table(model: nn.Module, inputs: Optional[torch.Tensor]) -> str:
     """All nodes: name, operation, module class or function, shape where there is an input, notes."""
-    with _unchanged(model):
-        tracers = _trace_both(model, None, None)
+    with _unchanged(model) as keeper:
+        tracers = _trace_both(keeper, model, None, None)
         mode, other = ("train", "eval") if model.training else ("eval", "train")
         shapes = _shapes(model, tracers[mode], inputs)
     rows = [("name", "operation", "target", "shape", "note")]

@@ -104,6 +104,7 @@ FAILURES: Dict[str, Callable[[nn.Module], Any]] = {
     "bad tracer_kwargs": lambda model: featx.get_graph_node_names(model, {"leafs": 1}),
     "bad leaf": lambda model: featx.get_graph_node_names(model, {"leaf_modules": [3]}),
     "bad argument": lambda model: featx.get_graph_node_names(model, concrete_args=3),
+    "unknown argument": lambda model: featx.get_graph_node_names(model, concrete_args={"nope": 3}),
 }
 
 
@@ -154,6 +155,111 @@ class Silent(nets.Modes):
 def test_train_that_returns_nothing() -> None:
     names = featx.get_graph_node_names(Silent(), suppress_diff_warning=True)
     assert names == featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
+
+
+class Merging(nn.Module):
+    """Merges a second weight into the first in eval mode and takes it out again in train mode, as adapters do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.delta = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.ones(4, 4))
+        self.merged = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight if self.merged else x @ (self.weight + self.delta)
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.delta.data if mode else self.delta.data
+            self.merged = not mode
+        return self
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_train_method_that_changes_the_weights(mode: bool) -> None:
+    model, x = nn.Sequential(Merging()).train(mode), torch.rand(2, 4)
+    before, expected = picture(model), model(x)
+    featx.get_graph_node_names(model, suppress_diff_warning=True)
+    assert nets.same(picture(model), before)
+    assert torch.equal(model(x), expected)
+    extractor = featx.create_feature_extractor(model, "output", suppress_diff_warning=True)
+    assert torch.equal(extractor(x)["output"], expected)
+
+
+class Freezing(nets.Block):
+    """Its train() freezes a stage for good."""
+
+    def train(self, mode: bool = True) -> Freezing:
+        super().train(mode)
+        if mode:
+            self.first.requires_grad_(False)
+        return self
+
+
+def test_a_train_method_that_freezes() -> None:
+    model = Freezing().eval()
+    featx.get_graph_node_names(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Caching(nn.Module):
+    """What it makes while one mode is traced must not be seen by the trace of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: Any = None
+        self.count = 0
+        self.seen: Dict[str, Any] = {"deep": [[]]}
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            self.cache = torch.arange(4).to(x.dtype)
+        self.count += 1
+        self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+        self.seen["deep"][0].append(x)
+        return torch.stack(self.seen["deep"][0]).sum(0) * self.count + self.cache + self.mean
+
+
+def test_a_trace_does_not_see_the_one_before() -> None:
+    model, x = Caching(), torch.rand(2, 4)
+    before = picture(model)
+    names = featx.get_graph_node_names(model)
+    assert names.train == names.eval
+    extractor = featx.create_feature_extractor(model, ["output"])
+    assert nets.same(picture(model), before)
+    assert model.seen == {"deep": [[]]}
+    assert torch.equal(extractor(x)["output"], Caching()(x))
+
+
+def test_an_iterator_of_leaf_modules_serves_both_modes() -> None:
+    names = featx.get_graph_node_names(nn.Sequential(nets.Block()), {"leaf_modules": iter([nets.Block])})
+    assert names.train == names.eval == ["input", "0"]
+
+
+def test_other_threads_run_their_models_while_one_traces() -> None:
+    errors, done = [], threading.Event()
+    mine, others, x = nets.Block(), nets.Modes().eval(), torch.rand(2, 4)
+    expected, names = others(x), featx.get_graph_node_names(mine)
+
+    def serve() -> None:
+        try:
+            while not done.is_set():
+                assert torch.equal(others(x), expected)
+                mine(x)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        assert featx.get_graph_node_names(mine) == names
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
 
 
 def test_constants_and_buffers() -> None:

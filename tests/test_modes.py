@@ -203,6 +203,8 @@ def test_compile_follows_the_mode() -> None:
         assert nets.same(run(compiled), run(extractor)), mode
         parent.train(mode)
         assert nets.same(run(compiled_parent), run(parent)), mode
+    same = featx.create_feature_extractor(nets.Block(), ["first", "add"])  # both modes have one graph
+    assert nets.same(torch.compile(same, backend="eager")(X), same(X))
 
 
 @pytest.mark.skipif(not hasattr(torch, "export"), reason="torch.export came with torch 2.1")
@@ -263,10 +265,6 @@ def test_dual_graph_module_by_hand() -> None:
 # --- ways in which users change modules: the next call sees each of them ---
 
 
-def replace_by_attribute(extractor: nn.Module) -> None:
-    extractor.body = nn.Sequential(extractor.body[0] if isinstance(extractor.body, nn.Sequential) else nn.Identity())
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -274,6 +272,9 @@ def replace_by_attribute(extractor: nn.Module) -> None:
         lambda e: getattr(e.a, "0")._modules.__setitem__("second", nn.Linear(4, 4)),
         lambda e: setattr(e.a, "0", nets.Block()),
         lambda e: setattr(e, "a", nn.Sequential(nets.Block())),
+        lambda e: e.add_module("a", nn.Sequential(nets.Block())),
+        lambda e: e.a.add_module("0", nets.Block()),
+        lambda e: e.add_submodule("a.0", nets.Block()),
         lambda e: getattr(e.a, "0").load_state_dict(nets.Block().state_dict()),
         lambda e: nn.utils.parametrize.register_parametrization(getattr(e.a, "0").first, "weight", Doubled()),
     ],
@@ -290,15 +291,60 @@ class Doubled(nn.Module):
         return x * 2
 
 
-def test_a_deleted_container_does_not_run() -> None:
+@pytest.mark.parametrize(
+    "delete",
+    [
+        lambda e: delattr(e, "0"),
+        lambda e: e.delete_submodule("0"),
+        lambda e: delattr(getattr(e, "0"), "0"),
+        lambda e: e.delete_submodule("0.0"),
+        lambda e: delattr(e.get_submodule("0.0"), "first"),
+    ],
+)
+def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any]) -> None:
     extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
-    del getattr(extractor, "0")._modules["0"].first
-    with pytest.raises(AttributeError, match="first"):
+    delete(extractor)
+    with pytest.raises(AttributeError, match="0|first"):
         extractor(X)
+
+
+def test_attributes_of_containers_come_and_go() -> None:
     extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
-    delattr(getattr(extractor, "0"), "0")
-    with pytest.raises(AttributeError, match="0"):
-        extractor(X)
+    for module in (extractor, getattr(extractor, "0")):
+        module.note = 1
+        del module.note
+        assert not hasattr(module, "note")
+
+
+def test_quantization_of_an_extractor() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4)).eval()
+    extractor = featx.create_feature_extractor(model, ["0", "1"])
+    before = extractor(X)["1"]
+    quantized = torch.ao.quantization.quantize_dynamic(extractor, {nn.Linear}, dtype=torch.qint8)
+    after = quantized(X)["1"]
+    assert not torch.equal(after, before)
+    assert torch.allclose(after, before, atol=0.1)
+
+
+def test_a_plain_attribute_in_an_edited_graph() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), "0")
+    extractor.scale = torch.ones(4) * 3
+    before = extractor(X)["0"]
+    for graph in (extractor.train_graph, extractor.eval_graph):
+        output = list(graph.nodes)[-1]
+        with graph.inserting_before(output):
+            scaled = graph.call_function(torch.mul, (output.args[0]["0"], graph.create_node("get_attr", "scale")))
+        output.args = ({"0": scaled},)
+    extractor.recompile()
+    assert torch.equal(extractor(X)["0"], before * 3)
+
+
+def test_graphs_must_take_the_same_arguments() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), "0")
+    with extractor.eval_graph.inserting_before(next(iter(extractor.eval_graph.nodes))):
+        extractor.eval_graph.placeholder("more")
+    with pytest.raises(ValueError, match="different arguments"):
+        extractor.recompile()
 
 
 def test_replicas_of_data_parallel_do_not_share_containers() -> None:

@@ -212,6 +212,57 @@ def test_a_buffer_that_is_written_and_read_again() -> None:
     assert extractor(x)["add_1"].tolist() == [7.0, 7.0, 7.0]
 
 
+def test_the_output_reads_its_values_when_all_is_done() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        a, b = x * 2, x * 3
+        a.add_(1)
+        b.mul_(2)
+        c = x * 4
+        c.sub_(1)
+        x * 5  # nobody takes it
+        return a, {"b": b}
+
+    model, x = net(forward), torch.rand(3)
+    extractor = featx.create_feature_extractor(model, ["output"])
+    assert nets.same(extractor(x)["output"], model(x))
+    kept = [node.target for node in extractor.eval_graph.nodes if node.op.startswith("call")]
+    assert [getattr(target, "__name__", target) for target in kept] == ["mul", "mul", "add_", "mul_"]
+
+
+def test_random_programs(rng: random.Random) -> None:
+    """Chains of fresh values, views and in-place writes: each node alone, and the output, against clones and eager."""
+    steps = {
+        "fresh": lambda y: y + 1,
+        "product": lambda y: y * 2,
+        "view": lambda y: y.view(-1).view(4, 3),
+        "slice": lambda y: y[:2],
+        "transposed": lambda y: y.t(),
+        "add_": lambda y: y.add_(1),
+        "mul_": lambda y: y.mul_(3),
+        "relu_": lambda y: torch.nn.functional.relu(y, inplace=True),
+    }
+    x = torch.randn(4, 3)
+    for _ in range(60):
+        plan = [(rng.choice(sorted(steps)), rng.randrange(8)) for _ in range(rng.randrange(2, 9))]
+        returned = [rng.randrange(8) for _ in range(2)]
+
+        def forward(self: Any, x: Any) -> Any:
+            values, shapes = [x * 1], [(4, 3)]
+            for step, source in plan:  # noqa: B023
+                index = source % len(values)
+                if shapes[index] != (4, 3):
+                    index = 0
+                values.append(steps[step](values[index]))
+                shapes.append({"slice": (2, 3), "transposed": (3, 4)}.get(step, (4, 3)))
+            return tuple(values[index % len(values)] for index in returned)  # noqa: B023
+
+        model = net(forward)
+        seen = truth(model, x)
+        for query, value in seen.items():
+            assert nets.same(features(model, [query], x)[query], value), (plan, query)
+        assert nets.same(features(model, ["output"], x)["output"], model(x.clone())), (plan, returned)
+
+
 class Opaque(nn.Module):
     """A leaf of which featx knows nothing; it writes into its input."""
 
@@ -291,3 +342,60 @@ def test_liveness_on_plain_data() -> None:
     }
     assert featx._staying(program, [5, 6]) == [0, 5, 6, 7]
     assert featx._staying(program, []) == [0, 7]
+
+
+class OpaqueFresh(nn.Module):
+    """A leaf of which featx knows nothing but that a part of it works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(x) + 1
+
+
+def test_an_opaque_leaf_with_an_in_place_part_may_write_its_input() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = x - 0.5
+        z = self.leaf(y)
+        return y * 2, z
+
+    model, x = net(forward, leaf=OpaqueFresh()), torch.rand(9)
+    kwargs = {"leaf_modules": [OpaqueFresh]}
+    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs=kwargs)
+    assert torch.equal(extractor(x)["mul"], model(x)[0])
+
+
+@pytest.mark.zoo
+def test_a_sequence_that_begins_with_a_fresh_value_does_not_write_its_input() -> None:
+    """torchvision's convolution blocks end in an in-place activation, but on a value of their own."""
+    from torchvision.ops import Conv2dNormActivation
+
+    def forward(self: Any, x: Any) -> Any:
+        y = self.stem(x)
+        return self.unwanted(y), self.wanted(y)
+
+    model = net(forward, stem=nn.Conv2d(3, 4, 1), unwanted=Conv2dNormActivation(4, 4), wanted=nn.Conv2d(4, 4, 1))
+    assert list(featx.create_feature_extractor(model, ["wanted"])._modules) == ["stem", "wanted"]
+
+
+def test_a_write_by_keyword() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = x - 0.5
+        torch.relu_(input=y)
+        return y * 2
+
+    model, x = net(forward), torch.rand(9)
+    assert torch.equal(features(model, ["mul"], x)["mul"], model(x))
+
+
+def test_a_buffer_that_two_modules_share() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.mean.copy_(x[0])
+        return self.norm(x)
+
+    model = net(forward, norm=nn.BatchNorm1d(4)).eval()
+    model.register_buffer("mean", model.norm.running_mean)
+    x = torch.rand(3, 4)
+    assert torch.equal(features(model, ["norm"], x)["norm"], model(x))

@@ -1,0 +1,395 @@
+"""One test for each difference from torchvision. It shows both behaviours, so that a change upstream is noticed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import time
+import warnings
+from typing import Any, Callable, List
+
+import pytest
+import torch
+from torch import fx, nn
+from torchvision.models import feature_extraction as torchvision
+from torchvision.models import get_model
+from torchvision.ops import Conv2dNormActivation
+
+from tests import featx, nets
+from tests.nets import net
+
+X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+LIBRARIES = [torchvision, featx]
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Any:
+    """Both libraries warn where the modes differ, which is not what these tests are about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def both(call: Callable[[Any], Any]) -> List[Any]:
+    """What a call gives with torchvision, and with featx."""
+    return [call(library) for library in LIBRARIES]
+
+
+class Modal(nn.Module):
+    """In train mode adds 1, in eval mode 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]  # torchvision's cannot script annotations that are strings
+        return self.fc(x) + (1 if self.training else 2)
+
+
+def test_d01_each_query_its_own_last_node() -> None:
+    model = nn.Sequential(nets.Block(), nets.Block())
+    theirs, ours = both(lambda library: library.create_feature_extractor(model, ["1", "1.add"])(X))
+    whole, last = model(X), ours["1.add"]
+    assert torch.equal(ours["1"], whole)
+    assert torch.equal(last, whole)
+    assert not ("1.add" in theirs and "1" in theirs and torch.equal(theirs["1"], theirs["1.add"]))
+
+
+@pytest.mark.zoo
+def test_d02_nothing_runs_after_the_last_requested_node() -> None:
+    query = "encoder.layers.encoder_layer_0.mlp"
+    model = get_model("vit_b_16", weights=None).eval()
+    theirs, ours = both(lambda library: library.create_feature_extractor(model, [query]))
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(theirs(x)[query], ours(x)[query])
+    parameters = [sum(parameter.numel() for parameter in module.parameters()) for module in (theirs, ours)]
+    assert parameters[0] > 78e6
+    assert parameters[1] < 8e6
+    assert [len(module.encoder.layers._modules) for module in (theirs, ours)] == [11, 1]
+    times = []
+    for module in (theirs, ours):
+        with torch.no_grad():
+            module(x)
+            start = time.perf_counter()
+            module(x)
+            times.append(time.perf_counter() - start)
+    assert times[0] > 4 * times[1]
+    with pytest.raises(AssertionError, match="image height"):
+        ours(torch.rand(1, 3, 200, 200))
+
+
+@pytest.mark.parametrize("kind", nets.IN_PLACE)
+def test_d03_in_place_operations_stay(kind: str) -> None:
+    model = nets.writes_in_place(kind).eval()
+    last = featx.get_graph_node_names(model).eval[-1]
+    with torch.no_grad():
+        truth = model(X.clone())
+        theirs, ours = both(lambda library: library.create_feature_extractor(model, [last])(X.clone())[last])
+    assert torch.equal(ours, truth)
+    assert not torch.equal(theirs, truth)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
+def test_d03_in_torchvisions_own_models(name: str) -> None:
+    model, x = nets.build(name).eval(), nets.zoo_input(name)
+    last = featx.get_graph_node_names(model).eval[-1]
+    with torch.no_grad():
+        truth = model(x)
+        theirs, ours = both(lambda library: library.create_feature_extractor(model, [last])(x)[last])
+    assert torch.equal(ours, truth)
+    assert not torch.allclose(theirs, truth)
+
+
+def test_d04_deepcopy_keeps_mode_graphs_and_hooks() -> None:
+    def copied(library: Any) -> Any:
+        extractor = library.create_feature_extractor(Modal(), ["add"]).eval()
+        extractor.register_forward_hook(lambda module, inputs, output: {**output, "hooked": 1})
+        return extractor, copy.deepcopy(extractor)
+
+    (theirs, their_copy), (ours, our_copy) = both(copied)
+    assert their_copy.training
+    assert "hooked" not in their_copy(X)
+    assert torch.allclose(their_copy(X)["add"], theirs(X)["add"] - 1)
+    assert not our_copy.training
+    assert our_copy(X)["hooked"] == 1
+    assert torch.equal(our_copy(X)["add"], ours(X)["add"])
+
+
+@pytest.mark.parametrize("how", [lambda module: pickle.loads(pickle.dumps(module)), copy.copy])
+def test_d05_pickles_and_copies_have_both_modes(how: Callable[[Any], Any]) -> None:
+    theirs, ours = both(lambda library: how(library.create_feature_extractor(Modal().train(), ["add"])))
+    difference = [(module.eval()(X)["add"] - module.train()(X)["add"]).round() for module in (theirs, ours)]
+    assert difference[0].eq(0).all()
+    assert difference[1].eq(1).all()
+
+
+def test_d06_the_mode_is_looked_up_at_each_call() -> None:
+    def step(library: Any, flip: Callable[[Any], Any]) -> float:
+        """How much the feature changes from train to eval; it should be 1."""
+        extractor = library.create_feature_extractor(Modal().train(), ["add"])
+        module, to_eval = flip(extractor)
+        before = module(X)["add"]
+        to_eval()
+        return float((module(X)["add"] - before).mean().round())
+
+    def by_hand(extractor: Any) -> Any:
+        return extractor, lambda: setattr(extractor, "training", False)
+
+    def scripted(extractor: Any) -> Any:
+        script = torch.jit.script(extractor)
+        return script, script.eval
+
+    def compiled(extractor: Any) -> Any:
+        result = torch.compile(extractor, backend="eager")
+        return result, result.eval
+
+    assert both(lambda library: step(library, by_hand)) == [0, 1]
+    assert both(lambda library: step(library, scripted)) == [0, 1]
+    if hasattr(torch, "compile"):
+        assert both(lambda library: step(library, compiled)) == [0, 1]
+
+
+def test_d07_modes_are_restored() -> None:
+    def after(library: Any) -> List[bool]:
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+        model[0].eval()
+        library.create_feature_extractor(model, ["1"])
+        return [module.training for module in model.modules()]
+
+    def after_failure(library: Any) -> bool:
+        model = net(lambda self, x: x if x.sum() > 0 else -x).eval()
+        with pytest.raises(fx.proxy.TraceError):
+            library.get_graph_node_names(model)
+        return model.training
+
+    assert both(after) == [[True, True, True], [True, False, True]]
+    assert both(after_failure) == [True, False]
+
+
+def test_d08_tracer_kwargs_are_untouched() -> None:
+    def keys(library: Any) -> List[str]:
+        kwargs = {"leaf_modules": [nets.Block]}
+        library.get_graph_node_names(nn.Sequential(nets.Block()), kwargs)
+        return [*kwargs, str(len(kwargs["leaf_modules"]))]
+
+    theirs, ours = both(keys)
+    assert theirs != ours == ["leaf_modules", "1"]
+    model, kwargs = nn.Sequential(nets.Block()), {"leaf_modules": (nets.Block,)}
+    with pytest.raises(TypeError):
+        torchvision.get_graph_node_names(model, dict(kwargs))
+    assert featx.get_graph_node_names(model, kwargs).eval == ["input", "0"]
+
+
+def test_d09_constants_do_not_stay_on_the_model() -> None:
+    def left(library: Any) -> List[str]:
+        model = net(lambda self, x: x + torch.tensor([1.0]))
+        library.get_graph_node_names(model)
+        return [name for name in vars(model) if name.startswith("_tensor_constant")]
+
+    assert both(left) == [["_tensor_constant0", "_tensor_constant1"], []]
+
+
+def test_d10_queries_are_literal() -> None:
+    model = nn.Sequential(nets.Block())
+    assert torchvision.create_feature_extractor(model, ["[0]"])(X) == {}
+    with pytest.raises(re.error):
+        torchvision.create_feature_extractor(model, ["("])
+    for query in ("[0]", "("):
+        with pytest.raises(featx.NodeNameError, match="no node"):
+            featx.create_feature_extractor(model, [query])
+
+
+def test_d11_two_nodes_under_one_key() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert list(torchvision.create_feature_extractor(model, {"0": "a", "1": "a"})(X)) == ["a"]
+    with pytest.raises(ValueError, match="both '0' and '1' under the key 'a'"):
+        featx.create_feature_extractor(model, {"0": "a", "1": "a"})
+
+
+def sequence(*names: str) -> nn.Sequential:
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "repeats", "crash"),
+    [
+        (sequence("a+b"), 2, None),
+        (sequence("a(b"), 1, re.error),
+        (sequence("1"), 3, ValueError),
+        (nn.Sequential(sequence("a_b", "a")), 1, None),
+        (net(lambda self, x: self.a.b(self.a_b(x)), a=sequence("b"), a_b=nn.Identity()), 1, ValueError),
+    ],
+)
+def test_d12_names_are_distinct(model: nn.Module, repeats: int, crash: Any) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        for _ in range(repeats):
+            x = self.model(x)
+        return x
+
+    wrapped = net(forward, model=model) if repeats > 1 and crash is None else model
+    if crash is ValueError and repeats > 1:
+        identity = model._modules["1"]
+        wrapped = net(lambda self, x: identity(identity(identity(x))))
+        wrapped.add_module("1", identity)
+    if crash is not None:
+        with pytest.raises(crash):
+            torchvision.get_graph_node_names(wrapped)
+    elif repeats > 1:
+        theirs = torchvision.get_graph_node_names(wrapped)[1]
+        assert len(set(theirs)) < len(theirs)
+    ours = featx.get_graph_node_names(wrapped).eval
+    assert len(set(ours)) == len(ours)
+    features = featx.create_feature_extractor(wrapped, ours)(X)
+    assert list(features) == ours
+    assert torch.equal(features[ours[-1]], wrapped(X))
+
+
+def test_d13_one_query_or_a_tuple() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    for queries in ("0", ("0",)):
+        with pytest.raises(AttributeError):
+            torchvision.create_feature_extractor(model, queries)
+        assert list(featx.create_feature_extractor(model, queries)(X)) == ["0"]
+
+
+@pytest.mark.parametrize("name", ['a", print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
+def test_d14_names_never_become_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = net(lambda self, x: self._modules[name](x) + 1)
+    model.add_module(name, nn.Linear(4, 4))
+
+    def run(library: Any) -> Any:
+        try:
+            return library.create_feature_extractor(model, ["add"])(X)["add"]
+        except Exception as error:
+            return error
+
+    theirs, printed = run(torchvision), capsys.readouterr().out
+    assert isinstance(theirs, Exception) or name in ("a'b",)
+    assert ("executed" in printed) == ("executed" in name)
+    ours, printed = run(featx), capsys.readouterr().out
+    assert torch.equal(ours, model(X))
+    assert printed == ""
+
+
+def test_d15_naming_is_linear() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Identity() for _ in range(3000))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    def seconds(library: Any) -> float:
+        start = time.perf_counter()
+        library.get_graph_node_names(Many())
+        return time.perf_counter() - start
+
+    theirs, ours = both(seconds)
+    assert theirs > 2 * ours
+
+
+def test_d16_no_recompile_on_a_flip(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated: List[fx.Graph] = []
+    python_code = fx.Graph.python_code
+    monkeypatch.setattr(
+        fx.Graph,
+        "python_code",
+        lambda graph, *args, **kwargs: generated.append(graph) or python_code(graph, *args, **kwargs),
+    )
+
+    def flips(library: Any) -> int:
+        extractor = library.create_feature_extractor(Modal(), ["add"]).train()
+        generated.clear()
+        for mode in (False, True, False):
+            extractor.train(mode)(X)
+        return len(generated)
+
+    assert both(flips) == [3, 0]
+
+
+class Bad(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_d17_errors_say_where() -> None:
+    model = nn.Sequential(nets.Block(), nn.Sequential(Bad()))
+    with pytest.raises(fx.proxy.TraceError) as theirs:
+        torchvision.get_graph_node_names(model)
+    assert not re.search(r"1\.0|Bad|leaf_modules", str(theirs.value))
+    with pytest.raises(featx.UntraceableError) as ours:
+        featx.get_graph_node_names(model)
+    assert (ours.value.path, ours.value.module_type) == ("1.0", Bad)
+    for part in (
+        "Bad at '1.0'",
+        "return x if x.sum() > 0",
+        "leaf_modules=[Bad]",
+        "autowrap_functions",
+        "concrete_args",
+    ):
+        assert part in str(ours.value)
+
+
+def test_d19_the_models_own_output() -> None:
+    model = net(lambda self, x: {"logits": self.fc(x), "twice": (x * 2, None)}, fc=nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="output"):
+        torchvision.create_feature_extractor(model, ["fc", "output"])
+    features = featx.create_feature_extractor(model, ["fc", "output"])(X)
+    assert list(features) == ["fc", "output"]
+    assert nets.same(features["output"], model(X))
+
+
+def test_d20_modules_of_torchvision_can_be_opened() -> None:
+    model = nn.Sequential(Conv2dNormActivation(3, 4))
+    kwargs = {"non_leaf_modules": [Conv2dNormActivation]}
+    with pytest.raises(TypeError):
+        torchvision.get_graph_node_names(model, dict(kwargs))
+    assert torchvision.get_graph_node_names(model)[1] == featx.get_graph_node_names(model).eval == ["input", "0"]
+    assert featx.get_graph_node_names(model, kwargs).eval == ["input", "0.0", "0.1", "0.2"]
+
+
+def test_d21_train_that_returns_nothing() -> None:
+    class Silent(nets.Block):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+
+    with pytest.raises(AssertionError):
+        torchvision.get_graph_node_names(Silent())
+    assert len(featx.get_graph_node_names(Silent()).eval) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "theirs", "kind", "ours"),
+    [
+        ((["0"], ["0"], None), ValueError, ValueError, "given twice"),
+        ((["0"], ["0"], ["0"]), ValueError, ValueError, "given twice"),
+        ((None, ["0"], None), ValueError, ValueError, "without eval_return_nodes"),
+        ((None, None, "0"), ValueError, ValueError, "without train_return_nodes"),
+        ((None, None, None), ValueError, ValueError, "no queries"),
+        ((3, None, None), AttributeError, TypeError, "return_nodes takes a dict .* not a int"),
+        ((nn.ReLU(), None, None), AttributeError, TypeError, "return_nodes takes a dict .* not a ReLU"),
+    ],
+)
+def test_d22_argument_errors(arguments: Any, theirs: Any, kind: Any, ours: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(theirs):
+        torchvision.create_feature_extractor(model, *arguments)
+    with pytest.raises(kind, match=ours):
+        featx.create_feature_extractor(model, *arguments)
+
+
+def test_d22_a_model_that_is_no_module() -> None:
+    for value in (nn.ReLU, ["layer1"], None):
+        with pytest.raises(AttributeError, match="training"):
+            torchvision.get_graph_node_names(value)
+        with pytest.raises(TypeError, match=r"model takes a torch\.nn\.Module, not"):
+            featx.get_graph_node_names(value)

@@ -1,0 +1,188 @@
+"""Errors: of the documented type, with their ingredients, in words that say what was given and what to do."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from typing import Any, Dict
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import featx, nets
+from tests.nets import net
+
+
+def extract(model: nn.Module, query: Any, **options: Any) -> nn.Module:
+    return featx.create_feature_extractor(model, query, suppress_diff_warning=True, **options)
+
+
+def test_the_types_are_builtins_too() -> None:
+    assert issubclass(featx.NodeNameError, ValueError)
+    assert issubclass(featx.UntraceableError, fx.proxy.TraceError)
+
+
+def test_a_typo() -> None:
+    with pytest.raises(featx.NodeNameError) as raised:
+        extract(nn.Sequential(nets.Block(), nets.Block()), "1.frist")
+    error = raised.value
+    assert (error.query, error.mode, error.suggestions[0]) == ("1.frist", "train", "1.first")
+    assert str(error).startswith(
+        "no node of the train graph is named '1.frist' or lies below it. The closest: '1.first', "
+    )
+    assert str(error).endswith("get_graph_node_names(model) lists all names.")
+
+
+def test_a_name_of_the_other_mode() -> None:
+    with pytest.raises(featx.NodeNameError, match="in the train graph only: pass train_return_nodes and") as raised:
+        extract(nets.Modes(), "aux")
+    assert raised.value.mode == "eval"
+    with pytest.raises(featx.NodeNameError, match="in the eval graph only") as raised:
+        extract(nets.Modes(), "mul")
+    assert raised.value.mode == "train"
+
+
+def test_a_module_inside_of_a_leaf() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 4))
+    with pytest.raises(featx.NodeNameError, match=r"inside the leaf module '0' \(TransformerEncoderLayer\)") as raised:
+        extract(model, "0.self_attn")
+    assert "tracer_kwargs={'non_leaf_modules': [TransformerEncoderLayer]} opens it" in str(raised.value)
+
+
+def test_a_module_that_never_runs() -> None:
+    model = net(lambda self, x: self.used(x), used=nn.Linear(4, 4), unused=nn.Sequential(nn.Linear(4, 4)))
+    for query in ("unused", "unused.0"):
+        with pytest.raises(featx.NodeNameError, match="a module of the model in which no operation runs in train mode"):
+            extract(model, query)
+
+
+def test_errors_can_be_pickled() -> None:
+    error = featx.NodeNameError("a", "train", ["b"], "Hint.")
+    twin = pickle.loads(pickle.dumps(error))
+    assert (str(twin), twin.query, twin.mode, twin.suggestions) == (str(error), "a", "train", ["b"])
+    error = featx.UntraceableError("a.b", nn.Linear, "reason")
+    twin = pickle.loads(pickle.dumps(error))
+    assert (str(twin), twin.path, twin.module_type) == (str(error), "a.b", nn.Linear)
+
+
+class Bad(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Wrong(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("of its own")
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "kind", "cause"),
+    [
+        (Bad(), "", Bad, fx.proxy.TraceError),
+        (nn.Sequential(Bad()), "0", Bad, fx.proxy.TraceError),
+        (nn.Sequential(nn.Sequential(nets.Block(), Wrong())), "0.1", Wrong, RuntimeError),
+        (nn.Sequential(net(lambda self, x: int(x))), "0", None, TypeError),
+        (net(lambda self, x: nn.Linear(4, 4)(x)), "", None, NameError),
+    ],
+)
+def test_what_cannot_be_traced(model: nn.Module, path: str, kind: Any, cause: Any) -> None:
+    for call in (featx.get_graph_node_names, lambda m: extract(m, "x")):
+        with pytest.raises(featx.UntraceableError) as raised:
+            call(model)
+        error = raised.value
+        assert error.path == path
+        assert error.module_type is type(model.get_submodule(path))
+        assert kind in (None, error.module_type)
+        assert isinstance(error.__cause__, cause)
+        assert f"{type(error.__cause__).__name__}: {error.__cause__}" in str(error)
+        assert (f"leaf_modules=[{error.module_type.__name__}]" in str(error)) == bool(path)
+        assert 'test_errors.py", line' in str(error)
+
+
+def test_an_error_that_a_forward_handles_is_not_where_the_next_one_was() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        try:
+            return self.wrong(x)
+        except RuntimeError:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(featx.UntraceableError, match="own forward") as raised:
+        featx.get_graph_node_names(net(forward, wrong=Wrong()))
+    assert raised.value.path == ""
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"leafs": []}, "tracer_kwargs has 'leafs'; the tracer takes autowrap_functions, .*non_leaf_modules"),
+        ({"leaf_modules": [nn.ReLU()]}, r"'leaf_modules'\] takes classes of modules, not ReLU\(\)"),
+        ({"non_leaf_modules": "ReLU"}, "takes classes of modules, not 'R'"),
+        (["leaf_modules"], "tracer_kwargs takes a dict"),
+        ({"autowrap_modules": (5,)}, r"'autowrap_modules'\] takes Python modules, not 5"),
+        ({"autowrap_functions": "x"}, r"'autowrap_functions'\] takes functions, not 'x'"),
+    ],
+)
+def test_tracer_kwargs(kwargs: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        featx.get_graph_node_names(nn.Sequential(), kwargs)
+
+
+def test_concrete_args() -> None:
+    model = net(lambda self, x, flag=True: x)
+    with pytest.raises(ValueError, match="concrete_args has 'falg'; the arguments of forward are x, flag"):
+        featx.get_graph_node_names(model, concrete_args={"falg": True})
+    with pytest.raises(TypeError, match=r"concrete_args takes a dict argument -> value, not \[1\]"):
+        featx.get_graph_node_names(model, concrete_args=[1])
+
+
+@pytest.mark.parametrize("queries", [[("0", "key")], [["0"]], {"0": None}, [None], b"0"])
+def test_queries_and_keys_are_strings(queries: Any) -> None:
+    with pytest.raises(TypeError, match="return_nodes"):
+        extract(nn.Sequential(nn.ReLU()), queries)
+
+
+def test_a_name_with_a_dot() -> None:
+    model = net(lambda self, x: self._modules["a.b"](x))
+    model._modules["a.b"] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"nothing at the path 'a\.b'; a name in it may have a dot"):
+        extract(model, "a.b")
+
+
+def test_the_warning_says_what_differs_and_points_here() -> None:
+    for call in (featx.get_graph_node_names, lambda model: featx.create_feature_extractor(model, ["body"])):
+        with pytest.warns(UserWarning, match="differ") as caught:
+            call(nets.Modes())
+        (warning,) = caught
+        assert warning.filename == __file__
+        assert "only in train mode: aux, mean, add; only in eval mode: mul." in str(warning.message)
+        assert "train_return_nodes and eval_return_nodes" in str(warning.message)
+        assert "suppress_diff_warning=True" in str(warning.message)
+
+
+def test_the_warning_is_short() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        for layer in self.layers if self.training else ():
+            x = layer(x)
+        return x
+
+    with pytest.warns(UserWarning, match=r"only in train mode: layers.0, .*layers.5, … \(50 in all\)\. A query"):
+        featx.get_graph_node_names(net(forward, layers=nn.ModuleList(nn.Linear(4, 4) for _ in range(50))))
+
+
+def test_no_warning_where_the_modes_agree_or_it_is_suppressed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        featx.get_graph_node_names(nets.Block())
+        featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
+        featx.create_feature_extractor(nets.Modes(), ["body"], suppress_diff_warning=True)
+
+
+def test_the_warning_function_itself() -> None:
+    tracers: Dict[bool, Any] = {}
+    for mode in (True, False):
+        tracers[mode] = featx.NodePathTracer()
+        tracers[mode].trace(nets.Modes().train(mode))
+    with pytest.warns(UserWarning, match="only in train") as caught:
+        featx._warn_graph_differences(tracers[True], tracers[False])
+    assert caught[0].filename == __file__

@@ -1,0 +1,66 @@
+"""Every code block of the README runs, and prints what stands below it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import featx
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
+TOX = [line for line in COMMANDS if "tox" in line]
+
+
+def test_blocks_were_found() -> None:
+    assert {kind for kind, _ in BLOCKS} == {"python", "console", ""}
+    assert [kind for kind, _ in BLOCKS].count("python") == [kind for kind, _ in BLOCKS].count("") >= 3
+    assert len(COMMANDS) == 4
+
+
+def test_python_blocks_print_what_the_readme_says() -> None:
+    namespace: dict[str, object] = {}  # one for all: a reader runs them one after the other
+    pairs = [(text, BLOCKS[i + 1]) for i, (kind, text) in enumerate(BLOCKS) if kind == "python"]
+    for text, (kind, expected) in pairs:
+        assert kind == "", "an output follows each block of Python"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(text, "README.md", "exec"), namespace)
+        assert printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in TOX])
+def test_commands_of_featx(command: str) -> None:
+    arguments = shlex.split(command)
+    assert arguments[:3] == ["python", "-m", "featx"]
+    done = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) >= 3
+
+
+def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
+    demo, tests = TOX
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert demo == f"{tests} -e demo"
+    assert "[testenv:demo]" in (ROOT / "tox.ini").read_text()
+
+
+def test_the_table_of_differences_is_tested_row_by_row() -> None:
+    rows = re.findall(r"^\| (D\d\d) \|", README, re.MULTILINE)
+    tests = (ROOT / "tests" / "test_differences.py").read_text()
+    tested = {row.upper() for row in re.findall(r"^def test_(d\d\d)_", tests, re.MULTILINE)}
+    assert rows == sorted(tested)
+
+
+def test_the_version_has_one_source() -> None:
+    assert "version = attr: featx.__version__" in (ROOT / "setup.cfg").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", featx.__version__)

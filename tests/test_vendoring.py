@@ -1,0 +1,77 @@
+"""The file copied alone into another package under another name, with torchvision blocked from import."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import copy, pickle, sys
+sys.modules["torchvision"] = None  # importing it is an ImportError from here on
+import torch
+from torch import nn
+from somebody.internal import _extract
+
+model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2)))
+assert _extract.get_graph_node_names(model).eval == ["input", "0", "1", "2.0", "2.1"]
+extractor = _extract.create_feature_extractor(model, {"1": "norm", "2": "last"})
+x = torch.rand(3, 4)
+assert list(extractor(x)) == ["norm", "last"]
+assert torch.equal(extractor.eval()(x)["last"], model.eval()(x))
+for twin in (pickle.loads(pickle.dumps(extractor)), copy.deepcopy(extractor), torch.jit.script(extractor)):
+    assert torch.equal(twin(x)["last"], model(x))
+try:
+    _extract.create_feature_extractor(model, ["3"])
+except _extract.NodeNameError as error:
+    assert type(error).__module__ == "somebody.internal._extract"
+else:
+    raise AssertionError("no error")
+assert "featx" not in sys.modules
+print("works")
+"""
+
+
+def test_the_file_works_alone(tmp_path: Path) -> None:
+    package = tmp_path / "somebody" / "internal"
+    package.mkdir(parents=True)
+    (tmp_path / "somebody" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "_extract.py").write_bytes((ROOT / "featx.py").read_bytes())
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stderr, done.stdout) == ("", "works\n")
+
+
+def test_the_file_imports_the_standard_library_and_torch() -> None:
+    if sys.version_info < (3, 10):
+        pytest.skip("the list of the standard library's modules came with Python 3.10")
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "featx.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch", "PIL"}  # PIL where --image is given, not before
+    assert "torchvision" not in imported
+
+
+def test_featx_does_not_import_torchvision() -> None:
+    code = "import featx, sys; print([m for m in ('torchvision', 'PIL', 'numpy.f2py') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_wheel_holds_the_file_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PIP_NO_INPUT": "1"})
+    (wheel,) = tmp_path.glob("featx-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if ".dist-info/" not in name] == ["featx.py"]
+    assert zipfile.ZipFile(wheel).read("featx.py") == (ROOT / "featx.py").read_bytes()
