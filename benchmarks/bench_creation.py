@@ -30,7 +30,7 @@ def test_names(name: str, benchmark: Any, record_ratio: Any) -> None:
         "featx": lambda: featx.get_graph_node_names(model),
         "torchvision": lambda: torchvision.get_graph_node_names(model),
     }
-    seconds = take_turns(functions, 7)
+    seconds = take_turns(functions, 7, collect=True)
     benchmark.pedantic(functions["featx"], rounds=3)
     record_ratio(f"names {name}", ratio(seconds, "featx", "traces"), ratio(seconds, "torchvision", "traces"))
 
@@ -45,6 +45,6 @@ def test_create(name: str, benchmark: Any, record_ratio: Any) -> None:
     }
     ours, theirs = (set(function().state_dict()) for function in functions.values())
     assert ours == theirs
-    seconds = take_turns(functions, 9)
+    seconds = take_turns(functions, 9, collect=True)
     benchmark.pedantic(functions["featx"], rounds=3)
     record_ratio(f"create {name}", ratio(seconds, "torchvision", "featx"))
