@@ -177,7 +177,8 @@ def get_graph_node_names(
 
     Raises:
         UntraceableError: torch.fx cannot trace the model.
-        TypeError: ``model`` or ``tracer_kwargs`` is something else than it should be.
+        ValueError: ``concrete_args`` has an argument that ``forward`` lacks.
+        TypeError: ``model``, ``tracer_kwargs`` or ``concrete_args`` is something else than it should be.
 
     >>> get_graph_node_names(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())).train
     ['input', '0', '1']
@@ -220,7 +221,8 @@ def create_feature_extractor(
     Raises:
         NodeNameError: a query matches no node.
         UntraceableError: torch.fx cannot trace the model.
-        ValueError: two queries have one key, or the queries are given in no way or in two.
+        ValueError: two queries have one key, the queries are given in no way or in two, or
+            ``concrete_args`` has an argument that ``forward`` lacks.
         TypeError: an argument is something else than it should be.
 
     >>> extractor = create_feature_extractor(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), ["0", "output"])
@@ -344,7 +346,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         self.node_to_qualname[node] = given
         return proxy
 
-    def where_failed(self, error: BaseException, model: nn.Module) -> Tuple[str, Type[nn.Module]]:
+    def _where_failed(self, error: BaseException, model: nn.Module) -> Tuple[str, Type[nn.Module]]:
         """The path and the class of the innermost module whose forward raised ``error``."""
         if self._failure is not None and self._failure[0] is error:
             return self._failure[1:]
@@ -396,7 +398,7 @@ def _trace(
         targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         constants = {name: vars(model)[name] for name in vars(model) if name in targets and name not in before}
     except Exception as error:
-        path, module_type = tracer.where_failed(error, model)
+        path, module_type = tracer._where_failed(error, model)
         reason = f"{type(error).__name__}: {error}{_source_line(error)}"
         raise UntraceableError(path, module_type, reason) from error
     finally:
@@ -444,7 +446,7 @@ def _check_concrete_args(model: nn.Module, concrete_args: Any) -> None:
         raise TypeError(f"concrete_args takes a dict argument -> value, not {concrete_args!r}")
     known = list(inspect.signature(type(model).forward).parameters)[1:]
     for name in concrete_args:
-        if name not in known:
+        if str(name).lstrip("*") not in known:
             raise ValueError(f"concrete_args has {name!r}; the arguments of forward are {', '.join(known)}")
 
 
@@ -588,16 +590,16 @@ def _find_features(
     tracers: Dict[str, NodePathTracer], mode: str, queries: Dict[str, str]
 ) -> Dict[str, Optional[fx.Node]]:
     """The nodes by key, in execution order; None stands for the model's own output, which comes last."""
-    tracer = tracers[mode]
-    nodes, names = list(tracer.node_to_qualname), tracer.names
+    names = tracers[mode].names
+    nodes: List[Optional[fx.Node]] = [*tracers[mode].node_to_qualname, None]
     positions = _select(names, queries)
     for query in queries:
         if query == "output":
-            positions.setdefault(query, len(nodes))
+            positions.setdefault(query, len(names))
         elif query not in positions:
             raise NodeNameError(query, mode, _suggestions(names, query), _hint(tracers, mode, query))
     ordered = sorted(queries, key=positions.__getitem__)
-    return {queries[query]: (*nodes, None)[positions[query]] for query in ordered}
+    return {queries[query]: nodes[positions[query]] for query in ordered}
 
 
 def _suggestions(names: Sequence[str], query: str) -> List[str]:
@@ -1077,9 +1079,8 @@ def _is_hidden(module: nn.Module, name: str) -> bool:
     """Whether something of the module's class or of its own hides what is registered as ``name``."""
     if not any(name in registered for registered in (module._modules, module._parameters, module._buffers)):
         return False
-    return hasattr(type(module), name) or vars(module).get(name, module._modules.get(name)) is not module._modules.get(
-        name
-    )
+    child = module._modules.get(name)
+    return hasattr(type(module), name) or vars(module).get(name, child) is not child
 
 
 @functools.lru_cache(maxsize=4096)

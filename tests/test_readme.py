@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import io
 import re
@@ -51,7 +52,13 @@ def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
     demo, tests = TOX
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
     assert demo == f"{tests} -e demo"
-    assert "[testenv:demo]" in (ROOT / "tox.ini").read_text()
+    configuration = configparser.ConfigParser(interpolation=None)
+    configuration.read(ROOT / "tox.ini")
+    command = shlex.split(configuration["testenv:demo"]["commands"].replace("{toxinidir}", str(ROOT)))
+    assert command[:3] == ["python", "-m", "featx"]
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["key", "layer1", "deep"]
 
 
 def test_the_table_of_differences_is_tested_row_by_row() -> None:
