@@ -127,20 +127,24 @@ class UntraceableError(fx.proxy.TraceError):
     Attributes:
         path: the path of the module whose forward failed, ``""`` for the model itself.
         module_type: the class of that module.
+        traceable: where the model's own forward failed, the paths of its children that can be traced.
     """
 
-    def __init__(self, path: str, module_type: Type[nn.Module], reason: str = "") -> None:
-        self.path, self.module_type = path, module_type
+    def __init__(
+        self, path: str, module_type: Type[nn.Module], reason: str = "", traceable: Sequence[str] = ()
+    ) -> None:
+        self.path, self.module_type, self.traceable = path, module_type, list(traceable)
         name = module_type.__name__
         where = f"{name} at {path!r}" if path else f"the model's own forward ({name})"
         leaf = f" leaf_modules=[{name}] records each {name} as one operation;" if path else ""
+        children = f"\nThese of its children can be traced by themselves: {', '.join(traceable)}." if traceable else ""
         super().__init__(
             f"torch.fx cannot trace {where}: {reason}\n"
             f"What helps, in tracer_kwargs:{leaf} autowrap_functions=(function,) records the calls of"
             " a function that fails as single operations. What helps as an argument of its own:"
-            " concrete_args={'argument': value} fixes an argument that decides which way the code goes."
+            f" concrete_args={{'argument': value}} fixes an argument that decides which way the code goes.{children}"
         )
-        self._ingredients = (path, module_type, reason)
+        self._ingredients = (path, module_type, reason, tuple(traceable))
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return type(self), self._ingredients
@@ -161,6 +165,8 @@ def get_graph_node_names(
     tracer_kwargs: Optional[Mapping[str, Any]] = None,
     suppress_diff_warning: bool = False,
     concrete_args: Optional[Dict[str, Any]] = None,
+    *,
+    auto_leaf: bool = False,
 ) -> NodeNames:
     """List the names of a model's nodes, in execution order, in train mode and in eval mode.
 
@@ -171,6 +177,8 @@ def get_graph_node_names(
             it, ``torchvision.ops``.
         suppress_diff_warning: do not warn when the two modes differ.
         concrete_args: values for arguments of ``forward`` that are fixed while tracing.
+        auto_leaf: where the forward of a submodule cannot be traced, make its class a leaf and try
+            again; a warning lists the classes.
 
     Returns:
         A named tuple ``(train, eval)`` of two lists of strings.
@@ -185,7 +193,7 @@ def get_graph_node_names(
     """
     # 1. Trace in both modes; the model is restored, whatever happens.
     with _unchanged(model) as keeper:
-        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args)
+        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args, auto_leaf)
     # 2. Say where the modes differ, since one list of queries may then not do for both.
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
@@ -200,6 +208,8 @@ def create_feature_extractor(
     tracer_kwargs: Optional[Mapping[str, Any]] = None,
     suppress_diff_warning: bool = False,
     concrete_args: Optional[Dict[str, Any]] = None,
+    *,
+    auto_leaf: bool = False,
 ) -> "DualGraphModule":
     """Cut from a model a module that returns intermediate values and runs only what they need.
 
@@ -212,7 +222,7 @@ def create_feature_extractor(
         return_nodes: the queries for both modes: a mapping query -> key, any iterable of queries,
             which are their own keys, or one query.
         train_return_nodes, eval_return_nodes: in place of ``return_nodes``, queries for each mode.
-        tracer_kwargs, suppress_diff_warning, concrete_args: as in :func:`get_graph_node_names`.
+        tracer_kwargs, suppress_diff_warning, concrete_args, auto_leaf: as in :func:`get_graph_node_names`.
 
     Returns:
         A module with the model's signature that returns a dict key -> value in execution order. It
@@ -234,7 +244,7 @@ def create_feature_extractor(
     queries = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model) as keeper:
         # 2. Trace in both modes, and find the node of each query.
-        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args)
+        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args, auto_leaf)
         features = {mode: _find_features(tracers, mode, queries[mode]) for mode in tracers}
         # 3. Cut each graph down to what its features need.
         graphs = {mode: _prune(tracers[mode], features[mode]) for mode in tracers}
@@ -364,19 +374,18 @@ def _annotation(model_type: Type[nn.Module], parameter: str) -> Any:
 def _trace_both(
     keeper: "_Keeper",
     model: nn.Module,
-    tracer_kwargs: Optional[Mapping[str, Any]],
-    concrete_args: Optional[Dict[str, Any]],
+    tracer_kwargs: Optional[Mapping[str, Any]] = None,
+    concrete_args: Optional[Dict[str, Any]] = None,
+    auto_leaf: bool = False,
 ) -> Dict[str, NodePathTracer]:
     """Trace in train mode, then in eval mode; afterwards each submodule has the mode it had."""
     arguments = _tracer_arguments(tracer_kwargs)
     _check_concrete_args(model, concrete_args)
     modes = {module: module.training for module in model.modules()}
     try:
-        tracers = {}
-        for mode in ("train", "eval"):
-            getattr(model, mode)()
-            tracers[mode] = _trace(keeper, model, arguments, concrete_args)
-        return tracers
+        if auto_leaf:
+            return _trace_with_leaves(keeper, model, arguments, concrete_args)
+        return _trace_modes(keeper, model, arguments, concrete_args)
     finally:
         # By the methods first: some models, such as those that merge weights, do more in them than set the attribute.
         for module, training in modes.items():
@@ -384,6 +393,40 @@ def _trace_both(
                 getattr(module, "train" if training else "eval")()
         for module, training in modes.items():
             module.training = training
+
+
+def _trace_with_leaves(
+    keeper: "_Keeper", model: nn.Module, arguments: Dict[str, Any], concrete_args: Optional[Dict[str, Any]]
+) -> Dict[str, NodePathTracer]:
+    """Trace again and again, each time with the class that failed as another leaf."""
+    classes: List[Type[nn.Module]] = []
+    before = set(vars(model))
+    while True:
+        try:
+            leaves = (*arguments["leaf_modules"], *classes)
+            tracers = _trace_modes(keeper, model, {**arguments, "leaf_modules": leaves}, concrete_args)
+        except UntraceableError as error:
+            if not error.path or issubclass(error.module_type, arguments["non_leaf_modules"]):
+                raise
+            classes.append(error.module_type)
+            for constant in set(vars(model)) - before:
+                del vars(model)[constant]
+        else:
+            break
+    if classes:
+        listed = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+        _warn(f"what torch.fx cannot trace became leaves: tracer_kwargs={{'leaf_modules': [{listed}]}} does the same.")
+    return tracers
+
+
+def _trace_modes(
+    keeper: "_Keeper", model: nn.Module, arguments: Dict[str, Any], concrete_args: Optional[Dict[str, Any]]
+) -> Dict[str, NodePathTracer]:
+    tracers = {}
+    for mode in ("train", "eval"):
+        getattr(model, mode)()
+        tracers[mode] = _trace(keeper, model, arguments, concrete_args)
+    return tracers
 
 
 def _trace(
@@ -400,11 +443,20 @@ def _trace(
     except Exception as error:
         path, module_type = tracer._where_failed(error, model)
         reason = f"{type(error).__name__}: {error}{_source_line(error)}"
-        raise UntraceableError(path, module_type, reason) from error
+        traceable = [] if path else [name for name, child in model.named_children() if _is_traceable(child, arguments)]
+        raise UntraceableError(path, module_type, reason, traceable) from error
     finally:
         restore()
         vars(model).update(constants)
     return tracer
+
+
+def _is_traceable(model: nn.Module, arguments: Dict[str, Any]) -> bool:
+    """Whether a module that has something inside can be traced, in the mode that it is in."""
+    try:
+        return any(model.children()) and bool(NodePathTracer(**arguments).trace(model).nodes)
+    except Exception:
+        return False
 
 
 def _tracer_arguments(given: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
@@ -1311,7 +1363,10 @@ def _main(arguments: Optional[Sequence[str]] = None) -> int:
         model.train(options.train)
         image = _read_image(options.image) if options.image else None
         inputs = torch.rand(*options.input) if options.input else image
-        print(_features(model, options.queries, inputs) if options.queries else _table(model, inputs), flush=True)
+        if options.queries:
+            print(_features(model, options.queries, inputs, options.auto_leaf), flush=True)
+        else:
+            print(_table(model, inputs, options.auto_leaf), flush=True)
     except BrokenPipeError:  # whoever read this has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     except Exception as error:  # the model is anybody's code and may raise anything
@@ -1333,6 +1388,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--image", metavar="FILE", help="compute on a photograph")
     source.add_argument("--input", type=_shape, metavar="1,3,224,224", help="compute on random input of this shape")
     parser.add_argument("--train", action="store_true", help="use train mode in place of eval mode")
+    parser.add_argument("--auto-leaf", action="store_true", help="make leaves of the classes that cannot be traced")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -1385,7 +1441,7 @@ def _read_image(path: str) -> torch.Tensor:
     return ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
-def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.Tensor]) -> str:
+def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.Tensor], auto_leaf: bool) -> str:
     if inputs is None:
         raise ValueError("computing features needs --image FILE or --input SHAPE")
     return_nodes: Dict[str, str] = {}
@@ -1393,7 +1449,7 @@ def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.T
         if query in return_nodes:
             raise ValueError(f"the query {query!r} was given twice")
         return_nodes[query] = key or query
-    extractor = create_feature_extractor(model, return_nodes, suppress_diff_warning=True)
+    extractor = create_feature_extractor(model, return_nodes, suppress_diff_warning=True, auto_leaf=auto_leaf)
     with torch.no_grad():
         features = extractor(inputs)
     rows = [("key", "shape", "dtype", "mean", "std", "min", "max")]
@@ -1409,10 +1465,10 @@ def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.T
     return _align(rows)
 
 
-def _table(model: nn.Module, inputs: Optional[torch.Tensor]) -> str:
+def _table(model: nn.Module, inputs: Optional[torch.Tensor], auto_leaf: bool) -> str:
     """All nodes: name, operation, module class or function, shape where there is an input, notes."""
     with _unchanged(model) as keeper:
-        tracers = _trace_both(keeper, model, None, None)
+        tracers = _trace_both(keeper, model, auto_leaf=auto_leaf)
         mode, other = ("train", "eval") if model.training else ("eval", "train")
         shapes = _shapes(model, tracers[mode], inputs)
     rows = [("name", "operation", "target", "shape", "note")]

@@ -100,6 +100,35 @@ def test_wrong_input_gets_one_line_and_exit_code_2(arguments: list[str], message
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_auto_leaf(tmp_path: Path) -> None:
+    (tmp_path / "branching.py").write_text(
+        "from torch import nn\n"
+        "class Bad(nn.Module):\n    def forward(self, x): return x if x.sum() > 0 else -x\n"
+        "def model(): return nn.Sequential(nn.Linear(4, 4), Bad())\n"
+    )
+    command = [sys.executable, str(ROOT / "featx.py"), "branching:model"]
+
+    def here(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    assert here().returncode == 2
+    for arguments in ([], ["1", "--input", "2,4"]):
+        done = here("--auto-leaf", *arguments)
+        assert done.returncode == 0
+        assert "'leaf_modules': [branching.Bad]" in done.stderr
+        assert done.stdout.splitlines()[-1].split()[0] == "1"
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    command = [sys.executable, "-m", "featx", "torchvision.models:resnet18"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_help_and_version() -> None:
     assert run("--version").stdout.strip() == featx.__version__
     assert "PACKAGE.MODULE:CALLABLE" in run("--help").stdout

@@ -1,0 +1,144 @@
+"""What cannot be traced becomes a leaf, class by class; the result is that of passing the classes."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any, List
+
+import pytest
+import torch
+from torch import nn
+
+from tests import featx, nets
+from tests.nets import net
+
+X = torch.rand(3, 4)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if x.sum() > 0 else -self.fc(x)
+
+
+class Typed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * int(x.shape[0])
+
+
+class Raising(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise RuntimeError("tensors only")
+        return x + 1
+
+
+class TrainOnly(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.sum() < 0:
+            return -x
+        return x * 2
+
+
+class Outer(nn.Module):
+    """Fails by itself, and holds something that fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branching()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return y if y.sum() > 0 else -y
+
+
+class Constant(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+shared = Branching()
+CASES = {
+    "deep": (nn.Sequential(nn.Sequential(nets.Block(), nn.Sequential(Branching())), nets.Block()), [Branching]),
+    "shared": (net(lambda self, x: self.a(self.b(x)) + 1, a=shared, b=shared), [Branching]),
+    "type error": (nn.Sequential(Typed(), nets.Block()), [Typed]),
+    "runtime error": (nn.Sequential(nets.Block(), Raising()), [Raising]),
+    "one mode": (nn.Sequential(nets.Block(), TrainOnly()), [TrainOnly]),
+    "several": (nn.Sequential(Raising(), TrainOnly(), Branching()), [Raising, TrainOnly, Branching]),
+    "nested": (nn.Sequential(nets.Block(), Outer()), [Branching, Outer]),
+    "constants before": (nn.Sequential(Constant(), Branching(), Constant()), [Branching]),
+}
+
+
+def classes_in(message: str) -> List[str]:
+    (listed,) = re.findall(r"tracer_kwargs=\{'leaf_modules': \[(.*)\]\} does the same", message)
+    return [path.rpartition(".")[2] for path in listed.split(", ")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_equals_passing_the_classes(case: str) -> None:
+    model, classes = CASES[case]
+    with pytest.raises(featx.UntraceableError):
+        featx.get_graph_node_names(model)
+    with pytest.warns(UserWarning, match="became leaves") as caught:
+        names = featx.get_graph_node_names(model, auto_leaf=True)
+    assert classes_in(str(caught[0].message)) == [cls.__name__ for cls in classes]
+    assert caught[0].filename == __file__
+    by_hand = {"leaf_modules": classes}
+    assert names == featx.get_graph_node_names(model, by_hand)
+    queries = [*names.eval, "output"]
+    with pytest.warns(UserWarning, match="became leaves"):
+        automatic = featx.create_feature_extractor(model, queries, auto_leaf=True)
+    manual = featx.create_feature_extractor(model, queries, tracer_kwargs=by_hand)
+    assert list(automatic.state_dict()) == list(manual.state_dict())
+    for mode in (True, False):
+        features = automatic.train(mode)(X)
+        assert nets.same(features, manual.train(mode)(X))
+        assert torch.equal(features["output"], model.train(mode)(X))
+    assert not [name for name in vars(model) if name.startswith("_tensor_constant")]
+
+
+def test_no_warning_where_nothing_failed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert featx.get_graph_node_names(nets.Block(), auto_leaf=True) == featx.get_graph_node_names(nets.Block())
+
+
+def test_it_is_added_to_what_the_caller_passes_and_non_leaf_modules_win() -> None:
+    model = nn.Sequential(nets.Block(), Branching())
+    kwargs = {"leaf_modules": [nets.Block]}
+    with pytest.warns(UserWarning, match="became leaves"):
+        assert featx.get_graph_node_names(model, kwargs, auto_leaf=True).eval == ["input", "0", "1"]
+    assert kwargs == {"leaf_modules": [nets.Block]}
+    with pytest.raises(featx.UntraceableError, match="Branching at '1'"):
+        featx.get_graph_node_names(model, {"non_leaf_modules": [Branching]}, auto_leaf=True)
+
+
+def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.head(self.backbone(x)) if x.sum() > 0 else x
+
+    parts = {"backbone": nn.Sequential(nets.Block()), "head": nn.Linear(4, 4), "bad": nn.Sequential(Branching())}
+    model = net(forward, **parts)
+    for auto_leaf in (True, False):
+        with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
+            featx.get_graph_node_names(model, auto_leaf=auto_leaf)
+        assert raised.value.traceable == ["backbone"]
+        assert str(raised.value).endswith("These of its children can be traced by themselves: backbone.")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", sorted(nets.UNTRACEABLE))
+def test_the_untraceable_of_the_zoo_lead_to_something_that_works(name: str) -> None:
+    model = nets.build_on_meta(name)
+    with pytest.raises(featx.UntraceableError) as raised:
+        featx.create_feature_extractor(model, "output", auto_leaf=True)
+    assert raised.value.traceable
+    for path in raised.value.traceable:
+        child = model.get_submodule(path)
+        last = featx.get_graph_node_names(child, suppress_diff_warning=True).eval[-1]
+        assert featx.create_feature_extractor(child, last, suppress_diff_warning=True).eval_graph.nodes
