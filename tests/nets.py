@@ -14,7 +14,7 @@ from torch import fx, nn
 def net(forward: Callable[..., Any], **members: Any) -> nn.Module:
     """A module of the given forward, with modules, parameters, buffers and other members.
 
-    >>> net(lambda self, x: self.double(x), double=nn.Linear(2, 4))(torch.rand(1, 2)).shape
+    >>> net(lambda self, x: self.widen(x), widen=nn.Linear(2, 4))(torch.rand(1, 2)).shape
     torch.Size([1, 4])
     """
     module = type("Net", (nn.Module,), {"forward": forward})()
