@@ -312,6 +312,11 @@ class NodePathTracer(LeafModuleAwareTracer):
         """The names of the nodes, in execution order."""
         return list(self.node_to_qualname.values())
 
+    def trace(self, root: Any, concrete_args: Optional[Dict[str, Any]] = None) -> fx.Graph:
+        """Trace a module; see ``torch.fx.Tracer.trace``."""
+        self._thread = threading.get_ident()
+        return super().trace(root, concrete_args)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Any:
@@ -389,8 +394,12 @@ def _trace_both(
     finally:
         # By the methods first: some models, such as those that merge weights, do more in them than set the attribute.
         for module, training in modes.items():
-            if module.training != training:
-                getattr(module, "train" if training else "eval")()
+            if module.training == training:
+                continue
+            if module is model:
+                getattr(model, "train" if training else "eval")()
+            else:
+                module.train(training)
         for module, training in modes.items():
             module.training = training
 
@@ -409,7 +418,7 @@ def _trace_with_leaves(
             if not error.path or issubclass(error.module_type, arguments["non_leaf_modules"]):
                 raise
             classes.append(error.module_type)
-            for constant in set(vars(model)) - before:
+            for constant in set(vars(model)) - before:  # of the mode that could be traced
                 del vars(model)[constant]
         else:
             break
@@ -432,14 +441,13 @@ def _trace_modes(
 def _trace(
     keeper: "_Keeper", model: nn.Module, arguments: Dict[str, Any], concrete_args: Optional[Dict[str, Any]]
 ) -> NodePathTracer:
-    """Trace in the mode that the model is in; of what its forward does to it, only constants stay."""
+    """Trace in the mode that the model is in; of what its forward does to it, what the graph fetches stays."""
     tracer = NodePathTracer(**arguments)
-    restore, before = keeper.note(), set(vars(model))
-    constants: Dict[str, Any] = {}
+    restore = keeper.note()
+    fetched: Dict[str, Any] = {}
     try:
         graph = tracer.trace(model, concrete_args=concrete_args)
-        targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        constants = {name: vars(model)[name] for name in vars(model) if name in targets and name not in before}
+        fetched = {str(node.target): _at(model, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
     except Exception as error:
         path, module_type = tracer._where_failed(error, model)
         reason = f"{type(error).__name__}: {error}{_source_line(error)}"
@@ -447,8 +455,20 @@ def _trace(
         raise UntraceableError(path, module_type, reason, traceable) from error
     finally:
         restore()
-        vars(model).update(constants)
+        for target, value in fetched.items():
+            _put(model, target, value)
     return tracer
+
+
+def _put(model: nn.Module, target: str, value: Any) -> None:
+    """Make sure that the path ``target`` leads to ``value``: a constant, or what a forward made for itself."""
+    path, _, name = target.rpartition(".")
+    module = _at(model, path) if path else model
+    for registered in (module._parameters, module._buffers, module._modules, vars(module)):
+        if name in registered:
+            registered[name] = value
+            return
+    (module._parameters if isinstance(value, nn.Parameter) else vars(module))[name] = value
 
 
 def _is_traceable(model: nn.Module, arguments: Dict[str, Any]) -> bool:
@@ -792,6 +812,10 @@ _VIEW_ATTRIBUTES = frozenset("H T data grad imag mH mT real".split())
 _IN_PLACE_OPERATORS = frozenset(
     "delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()
 )
+# Of lists and dicts, which functions that are recorded as single operations may return.
+_IN_PLACE_METHODS = frozenset(
+    "__setitem__ append clear extend insert pop popitem remove reverse setdefault update".split()
+)
 
 
 def _effects(root: nn.Module, node: fx.Node) -> _Effects:
@@ -805,9 +829,11 @@ def _effects(root: nn.Module, node: fx.Node) -> _Effects:
     if not _is_torch(node.target):
         return _opaque(node)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if "out" in node.kwargs:
+        written = _nodes_in([node.kwargs["out"]])
+        return written, written
     if _writes_first_argument(node, name):
-        subject = _nodes_in(node.args[:1]) or inputs
-        return subject, subject
+        return _nodes_in(node.args[:1]) or inputs, inputs
     if node.target is getattr:
         return [], inputs if node.args[1] in _VIEW_ATTRIBUTES else []
     if name in _VIEW_FUNCTIONS:
@@ -827,9 +853,9 @@ class _Effect(NamedTuple):
 
 def _module_effect(module: nn.Module) -> Optional[_Effect]:
     """Whether a leaf writes into its inputs and whether it may return them; None if that cannot be known."""
-    if getattr(module, "inplace", False):
+    if _is_inplace(module):
         return _Effect(writes=True, views=True)
-    if type(module).forward is nn.Sequential.forward:
+    if getattr(type(module), "forward", None) is nn.Sequential.forward:
         writes, views = False, True
         for child in module.children():
             effect = _module_effect(child)
@@ -839,9 +865,14 @@ def _module_effect(module: nn.Module) -> Optional[_Effect]:
         return _Effect(writes, views)
     if _is_torch(type(module)) and not any(module.children()):
         return _Effect(writes=False, views=isinstance(module, _VIEW_MODULES))
-    if any(getattr(part, "inplace", False) for part in module.modules()):
+    if any(map(_is_inplace, module.modules())):
         return _Effect(writes=True, views=True)
     return None
+
+
+def _is_inplace(module: nn.Module) -> bool:
+    inplace = getattr(module, "inplace", False)
+    return isinstance(inplace, (bool, int)) and bool(inplace)
 
 
 def _opaque(node: fx.Node) -> _Effects:
@@ -861,6 +892,8 @@ def _writes_first_argument(node: fx.Node, name: str) -> bool:
         inplace = node.kwargs.get("inplace", node.args[place] if 0 <= place < len(node.args) else False)
         if inplace:
             return True
+    if node.op == "call_method" and name in _IN_PLACE_METHODS:
+        return True
     return name.endswith("_") and not name.endswith("__")
 
 
@@ -924,6 +957,11 @@ class _Walkable(nn.Module):
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
         self._forget(name)
         super().add_module(name, module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None and "_modules" in vars(self):
+            self._forget(name)
+        super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         self._forget(name)
@@ -1012,6 +1050,15 @@ class DualGraphModule(_Walkable, fx.GraphModule):
             _define(self, "_eval_forward", evaluation.src, evaluation.globals)
             _define(self, "forward", _dispatcher(train.src), train.globals)
         return self._featx_codes["train" if self.training else "eval"]
+
+    def delete_all_unused_submodules(self) -> None:
+        """Delete the submodules that neither graph uses."""
+        nodes = [node for graph in (self.train_graph, self.eval_graph) for node in graph.nodes]
+        used = {prefix for node in nodes if node.op in ("call_module", "get_attr") for prefix in _prefixes(node.target)}
+        called = {node.target for node in nodes if node.op == "call_module"}
+        for path in [path for path, _ in self.named_modules() if path]:
+            if path not in used and called.isdisjoint(_prefixes(path)):
+                self.delete_submodule(path)
 
     def __getstate__(self) -> Dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_featx_codes"}
@@ -1296,13 +1343,7 @@ class _Keeper:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found: Dict[int, Any] = {}
-        for module in model.modules():
-            found[id(vars(module))] = vars(module)
-            _find_containers(vars(module), found)
-        # Nearly all that are empty are hooks that nobody registered.
-        self._empty = [container for container in found.values() if not container]
-        self._filled = [container for container in found.values() if container]
+        self._containers = _find_containers(model)
         self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._buffers = [
             (buffer, buffer._version, buffer.detach().clone())
@@ -1312,15 +1353,16 @@ class _Keeper:
 
     def note(self) -> Callable[[], None]:
         """Note how the attributes are now; what comes back restores them."""
-        noted = [(value, dict(value) if isinstance(value, dict) else list(value)) for value in self._filled]
+        empty = [container for container in self._containers if not container]  # nearly all are hooks of nobody
+        filled = [(container, _content(container)) for container in self._containers if container]
 
         def restore() -> None:
-            for value in filter(None, self._empty):
-                value.clear()
-            for value, content in noted:
-                if not _holds_the_same(value, content):
-                    value.clear()
-                    value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
+            for container in filter(None, empty):
+                container.clear()
+            for container, content in filled:
+                if not _holds_the_same(container, content):
+                    container.clear()
+                    container.update(content) if hasattr(container, "update") else container.extend(content)
 
         return restore
 
@@ -1331,16 +1373,29 @@ class _Keeper:
                 parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for buffer, version, content in self._buffers:
-                if buffer._version != version or not (buffer.is_meta or torch.equal(buffer, content)):
+                comparable = type(buffer) is torch.Tensor and buffer.layout is torch.strided and not buffer.is_meta
+                if buffer._version != version or (comparable and not torch.equal(buffer, content)):
                     buffer.copy_(content)
 
 
-def _find_containers(value: Any, found: Dict[int, Any]) -> None:
-    for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, (list, dict, set, collections.deque)) and id(item) not in found:
-            found[id(item)] = item
-            if item:
-                _find_containers(item, found)
+_CONTAINERS = frozenset([dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque])
+
+
+def _find_containers(model: nn.Module) -> List[Any]:
+    """The attributes of all modules as dicts, and the containers among them, however deep."""
+    found: Dict[int, Any] = {}
+    waiting: List[Any] = [vars(module) for module in model.modules()]
+    while waiting:
+        container = waiting.pop()
+        if id(container) not in found:
+            found[id(container)] = container
+            items = container.values() if isinstance(container, dict) else container
+            waiting.extend(item for item in items if type(item) in _CONTAINERS or type(item) is tuple)
+    return [container for container in found.values() if type(container) is not tuple]
+
+
+def _content(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
 
 
 def _holds_the_same(value: Any, saved: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import threading
 import warnings
@@ -185,6 +186,101 @@ def test_a_train_method_that_changes_the_weights(mode: bool) -> None:
     assert torch.equal(model(x), expected)
     extractor = featx.create_feature_extractor(model, "output", suppress_diff_warning=True)
     assert torch.equal(extractor(x)["output"], expected)
+
+
+class Swapping(nn.Module):
+    """Keeps its weight in a dict while it is in eval mode, as moving averages do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.backup = nn.Parameter(torch.ones(4, 4)), {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+    def train(self, mode: bool = True) -> Swapping:
+        super().train(mode)
+        if not mode and not self.backup:
+            self.backup["weight"] = self.weight.data.clone()
+            self.weight.data.mul_(2)
+        elif mode and self.backup:
+            self.weight.data.copy_(self.backup.pop("weight"))
+        return self
+
+
+@pytest.mark.parametrize("outer", [lambda model: model, nn.Sequential])
+def test_a_train_method_that_swaps_the_weights(outer: Callable[[nn.Module], nn.Module]) -> None:
+    model = outer(Swapping()).train()
+    before = picture(model)
+    featx.get_graph_node_names(model)
+    assert nets.same(picture(model), before)
+
+
+class Lazy(nn.Module):
+    """Makes a buffer, an attribute or a parameter at its first call."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "position"):
+            value = torch.arange(4.0)
+            if self.kind == "buffer":
+                self.register_buffer("position", value)
+            elif self.kind == "parameter":
+                self.position = nn.Parameter(value)
+            else:
+                self.position = value
+        return x + self.position
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "attribute"])
+def test_what_a_forward_makes_for_itself_is_in_the_extractor_and_not_on_the_model(kind: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Lazy(kind)), torch.rand(2, 4)
+    before = picture(model)
+    extractor = featx.create_feature_extractor(model, ["1"])
+    assert nets.same(picture(model), before)
+    assert torch.equal(extractor(x)["1"], model(x))
+
+
+class Strange(list):  # type: ignore[type-arg]
+    def __bool__(self) -> bool:
+        raise RuntimeError("has no truth")
+
+
+def test_containers_of_all_sorts() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.pair[0].append(x)
+        self.queue.append(x)
+        self.counts["a"] += 1
+        self.names.add("b")
+        return self.fc(x)
+
+    model = net(forward, fc=nn.Linear(4, 4))
+    model.pair, model.queue = ([], 1), collections.deque([1, 2], maxlen=2)
+    model.counts, model.names = collections.defaultdict(int, {"a": 1}), {"a"}
+    model.strange, model.cycle = Strange([1]), []
+    model.cycle.append(model.cycle)
+    deep = model.deep = []
+    for _ in range(3000):
+        deep.append([])
+        deep = deep[0]
+    model.fc.register_buffer("sparse", torch.eye(3).to_sparse())
+    featx.get_graph_node_names(model)
+    assert model.pair == ([], 1)
+    assert list(model.queue) == [1, 2]
+    assert model.counts == {"a": 1}
+    assert model.names == {"a"}
+    assert len(model.cycle) == 1
+
+
+def test_a_tracer_may_be_made_in_one_thread_and_used_in_another() -> None:
+    tracer = featx.NodePathTracer()
+    thread = threading.Thread(target=tracer.trace, args=(nn.Sequential(nn.Linear(4, 4), nn.ReLU()),))
+    thread.start()
+    thread.join()
+    assert tracer.names == ["input", "0", "1"]
 
 
 class Freezing(nets.Block):

@@ -295,6 +295,7 @@ class Doubled(nn.Module):
     "delete",
     [
         lambda e: delattr(e, "0"),
+        lambda e: setattr(e, "0", None),
         lambda e: e.delete_submodule("0"),
         lambda e: delattr(getattr(e, "0"), "0"),
         lambda e: e.delete_submodule("0.0"),
@@ -304,8 +305,29 @@ class Doubled(nn.Module):
 def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any]) -> None:
     extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
     delete(extractor)
-    with pytest.raises(AttributeError, match="0|first"):
+    with pytest.raises(AttributeError, match="0|first|NoneType"):
         extractor(X)
+
+
+def test_unused_submodules_are_those_that_neither_mode_uses() -> None:
+    extractor = featx.create_feature_extractor(
+        nets.Modes().eval(), train_return_nodes=["aux"], eval_return_nodes=["mul"], suppress_diff_warning=True
+    )
+    before = list(extractor.state_dict())
+    extractor.add_module("unused", nn.Linear(4, 4))
+    extractor.delete_all_unused_submodules()
+    assert list(extractor.state_dict()) == before
+    assert list(extractor.train()(X)) == ["aux"]
+
+
+def test_annotations_that_are_strings_can_be_scripted() -> None:
+    class Annotated(nets.Block):
+        def forward(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
+            return super().forward(x) * scale
+
+    assert Annotated.forward.__annotations__["scale"] == "float"
+    extractor = featx.create_feature_extractor(Annotated(), "mul")
+    assert nets.same(torch.jit.script(extractor)(X, 3.0), extractor(X, 3.0))
 
 
 def test_attributes_of_containers_come_and_go() -> None:

@@ -390,6 +390,51 @@ def test_a_write_by_keyword() -> None:
     assert torch.equal(features(model, ["mul"], x)["mul"], model(x))
 
 
+def test_a_write_into_several_outputs() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        values, indices = x * 0, (x * 0).long()
+        torch.sort(x, out=(values, indices))
+        return values * 2
+
+    model, x = net(forward), torch.rand(9)
+    assert torch.equal(features(model, ["output"], x)["output"], model(x))
+
+
+def halves(x: torch.Tensor) -> Any:
+    return list(torch.chunk(x, 2))
+
+
+def test_a_list_that_grows() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        parts = halves(x)
+        parts.append(x * 2)
+        return torch.cat(parts)
+
+    model, x = net(forward), torch.rand(4)
+    kwargs = {"autowrap_functions": [halves]}
+    extractor = featx.create_feature_extractor(model, ["output"], tracer_kwargs=kwargs)
+    assert torch.equal(extractor(x)["output"], model(x))
+
+
+@pytest.mark.parametrize("inplace", [torch.zeros(2), lambda: True, None, "no"])
+def test_an_attribute_that_happens_to_be_called_inplace(inplace: Any) -> None:
+    class Leaf(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    leaf = Leaf()
+    object.__setattr__(leaf, "inplace", inplace)
+    model = net(lambda self, x: (self.leaf(x * 2), x * 3), leaf=leaf)
+    extractor = featx.create_feature_extractor(model, ["mul_1"], tracer_kwargs={"leaf_modules": [Leaf]})
+    assert list(extractor._modules) == []
+
+
+def test_a_scripted_submodule_as_a_leaf() -> None:
+    model, x = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.ReLU()), torch.rand(2, 4)
+    kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
+    assert torch.equal(featx.create_feature_extractor(model, ["1"], tracer_kwargs=kwargs)(x)["1"], model(x))
+
+
 def test_a_buffer_that_two_modules_share() -> None:
     def forward(self: Any, x: Any) -> Any:
         self.mean.copy_(x[0])
