@@ -1378,19 +1378,20 @@ class _Keeper:
                     buffer.copy_(content)
 
 
-_CONTAINERS = frozenset([dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque])
+_CONTAINERS = frozenset([dict, list, set, tuple, collections.OrderedDict, collections.defaultdict, collections.deque])
 
 
 def _find_containers(model: nn.Module) -> List[Any]:
     """The attributes of all modules as dicts, and the containers among them, however deep."""
-    found: Dict[int, Any] = {}
     waiting: List[Any] = [vars(module) for module in model.modules()]
+    found: Dict[int, Any] = {id(attributes): attributes for attributes in waiting}
     while waiting:
         container = waiting.pop()
-        if id(container) not in found:
-            found[id(container)] = container
-            items = container.values() if isinstance(container, dict) else container
-            waiting.extend(item for item in items if type(item) in _CONTAINERS or type(item) is tuple)
+        for item in container.values() if isinstance(container, dict) else container:
+            if type(item) in _CONTAINERS and id(item) not in found:
+                found[id(item)] = item
+                if item:
+                    waiting.append(item)
     return [container for container in found.values() if type(container) is not tuple]
 
 
