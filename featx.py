@@ -78,6 +78,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import _get_qualified_name, map_aggregate
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_unflatten
 
 _operator_schemas = torch._C._jit_get_schemas_for_operator
 
@@ -766,14 +767,16 @@ def _prune(tracer: NodePathTracer, features: Dict[str, Optional[fx.Node]]) -> fx
     position = {node: index for index, node in enumerate(nodes)}
     operations = _describe(tracer, nodes, position)
     kept = set(_staying(operations, [position[node or output] for node in features.values()]))
-    values = {key: node or output.args[0] for key, node in features.items()}
+    own, pytree_info = output.args[0], getattr(graph._codegen, "pytree_info", None)
+    if pytree_info is not None and pytree_info.out_spec is not None:
+        own = tree_unflatten(list(own), pytree_info.out_spec)
+    values = {key: node or own for key, node in features.items()}
     for index in range(len(nodes) - 1, -1, -1):
         if index not in kept or nodes[index] is output:
             graph.erase_node(nodes[index])
     graph.output(values)
-    if hasattr(graph._codegen, "pytree_info"):
-        # The features are returned as they are, not packed like the model's own output.
-        graph._codegen.pytree_info = graph._codegen.pytree_info._replace(out_spec=None)
+    if pytree_info is not None:  # the features are returned as they are, not packed like the model's own output
+        graph._codegen.pytree_info = pytree_info._replace(out_spec=None)  # type: ignore[attr-defined]
     return graph
 
 
@@ -1373,9 +1376,18 @@ class _Keeper:
                 parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for buffer, version, content in self._buffers:
-                comparable = type(buffer) is torch.Tensor and buffer.layout is torch.strided and not buffer.is_meta
-                if buffer._version != version or (comparable and not torch.equal(buffer, content)):
+                if buffer._version != version or _differs(buffer, content):
                     buffer.copy_(content)
+
+
+def _differs(buffer: torch.Tensor, content: torch.Tensor) -> bool:
+    """Whether values changed that the version counter does not know of, as through ``data``; NaN equals NaN."""
+    if type(buffer) is not torch.Tensor or buffer.layout is not torch.strided or buffer.is_meta:
+        return False
+    try:
+        return not (torch.equal(buffer, content) or bool(((buffer == content) | (buffer != buffer)).all()))
+    except RuntimeError:  # of types that cannot be compared
+        return False
 
 
 _CONTAINERS = frozenset([dict, list, set, tuple, collections.OrderedDict, collections.defaultdict, collections.deque])
@@ -1505,7 +1517,8 @@ def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.T
         if query in return_nodes:
             raise ValueError(f"the query {query!r} was given twice")
         return_nodes[query] = key or query
-    extractor = create_feature_extractor(model, return_nodes, suppress_diff_warning=True, auto_leaf=auto_leaf)
+    queries_by_mode = (return_nodes, []) if model.training else ([], return_nodes)
+    extractor = create_feature_extractor(model, None, *queries_by_mode, suppress_diff_warning=True, auto_leaf=auto_leaf)
     with torch.no_grad():
         features = extractor(inputs)
     rows = [("key", "shape", "dtype", "mean", "std", "min", "max")]

@@ -68,6 +68,13 @@ def test_table_with_shapes_and_notes() -> None:
     assert [row[0] for row in table[1:]] == names.train
 
 
+def test_features_of_one_mode_only() -> None:
+    options = ["--kwargs", '{"init_weights": false}', "--input", "2,3,64,64"]
+    table = rows(run("torchvision.models:googlenet", "aux1", "--train", *options))
+    assert [row[0] for row in table] == ["key", "aux1"]
+    assert run("torchvision.models:googlenet", "aux1", *options).returncode == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

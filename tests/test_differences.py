@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import time
+import sys
 import warnings
 from typing import Any, Callable, List
 
@@ -68,14 +68,8 @@ def test_d02_nothing_runs_after_the_last_requested_node() -> None:
     assert parameters[0] > 78e6
     assert parameters[1] < 8e6
     assert [len(module.encoder.layers._modules) for module in (theirs, ours)] == [11, 1]
-    times = []
-    for module in (theirs, ours):
-        with torch.no_grad():
-            module(x)
-            start = time.perf_counter()
-            module(x)
-            times.append(time.perf_counter() - start)
-    assert times[0] > 4 * times[1]
+    operations = [sum(node.op == "call_module" for node in module.graph.nodes) for module in (theirs, ours)]
+    assert operations[0] > 5 * operations[1]
     with pytest.raises(AssertionError, match="image height"):
         ours(torch.rand(1, 3, 200, 200))
 
@@ -222,7 +216,6 @@ def sequence(*names: str) -> nn.Sequential:
         (sequence("a+b"), 2, None),
         (sequence("a(b"), 1, re.error),
         (sequence("1"), 3, ValueError),
-        (nn.Sequential(sequence("a_b", "a")), 1, None),
         (net(lambda self, x: self.a.b(self.a_b(x)), a=sequence("b"), a_b=nn.Identity()), 1, ValueError),
     ],
 )
@@ -277,24 +270,39 @@ def test_d14_names_never_become_code(name: str, capsys: pytest.CaptureFixture[st
     assert printed == ""
 
 
-def test_d15_naming_is_linear() -> None:
-    class Many(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleList(nn.Identity() for _ in range(3000))
+def test_d15_naming_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the steps of naming: torchvision's comparisons with earlier names, featx's calls of functions."""
+    steps = 0
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for part in self.parts:
-                x = part(x)
-            return x
+    class Counting:
+        @staticmethod
+        def match(pattern: str, string: str) -> Any:
+            nonlocal steps
+            steps += 1
+            return re.match(pattern, string)
 
-    def seconds(library: Any) -> float:
-        start = time.perf_counter()
-        library.get_graph_node_names(Many())
-        return time.perf_counter() - start
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal steps
+        steps += event == "call" and frame.f_code.co_filename == featx.__file__
 
-    theirs, ours = both(seconds)
-    assert theirs > 2 * ours
+    def counted(names: Callable[[nn.Module], Any], size: int) -> int:
+        nonlocal steps
+        model = nn.Sequential(*(nn.Identity() for _ in range(size)))
+        steps = 0
+        names(model)
+        return steps
+
+    def ours(model: nn.Module) -> Any:
+        sys.setprofile(profile)
+        try:
+            return featx.get_graph_node_names(model)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(torchvision, "re", Counting)
+    growth = [counted(names, 400) / counted(names, 100) for names in (torchvision.get_graph_node_names, ours)]
+    assert growth[0] > 10
+    assert 3 < growth[1] < 4.5
 
 
 def test_d16_no_recompile_on_a_flip(monkeypatch: pytest.MonkeyPatch) -> None:

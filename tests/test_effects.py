@@ -275,6 +275,22 @@ def test_containers_of_all_sorts() -> None:
     assert len(model.cycle) == 1
 
 
+def test_a_buffer_with_nan_is_not_touched() -> None:
+    model = net(lambda self, x: self.fc(x) * self.scale, fc=nn.Linear(4, 4), scale=torch.tensor(float("nan")))
+    model.register_buffer("count", torch.zeros(3))
+    value = model(torch.rand(2, 4))
+    featx.get_graph_node_names(model)
+    value.sum().backward()  # would fail had the buffer been written to
+
+    def forward(self: Any, x: Any) -> Any:
+        self.count.data.add_(1)
+        return self.fc(x)
+
+    model = net(forward, fc=nn.Linear(4, 4), count=torch.zeros(3))
+    featx.get_graph_node_names(model)
+    assert model.count.eq(0).all()
+
+
 def test_a_tracer_may_be_made_in_one_thread_and_used_in_another() -> None:
     tracer = featx.NodePathTracer()
     thread = threading.Thread(target=tracer.trace, args=(nn.Sequential(nn.Linear(4, 4), nn.ReLU()),))
@@ -335,7 +351,7 @@ def test_an_iterator_of_leaf_modules_serves_both_modes() -> None:
 
 
 def test_other_threads_run_their_models_while_one_traces() -> None:
-    errors, done = [], threading.Event()
+    errors, served, done = [], [], threading.Event()
     mine, others, x = nets.Block(), nets.Modes().eval(), torch.rand(2, 4)
     expected, names = others(x), featx.get_graph_node_names(mine)
 
@@ -343,19 +359,23 @@ def test_other_threads_run_their_models_while_one_traces() -> None:
         try:
             while not done.is_set():
                 assert torch.equal(others(x), expected)
-                mine(x)
+                assert isinstance(mine(x), torch.Tensor)
+                served.append(True)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=serve) for _ in range(2)]
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(30):
-        assert featx.get_graph_node_names(mine) == names
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(30):
+            assert featx.get_graph_node_names(mine) == names
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert errors == []
+    assert served
 
 
 def test_constants_and_buffers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, List, Optional, Tuple
 
@@ -144,6 +145,16 @@ def test_autowrapped_functions() -> None:
     assert featx.get_graph_node_names(model).eval == ["x", "sigmoid", "mul", "add"]
     wrapped = featx.get_graph_node_names(model, {"autowrap_functions": (helper,)}).eval
     assert wrapped == ["x", "helper", "add"]
+
+
+def test_functions_of_math_and_of_torchvision_are_single_operations() -> None:
+    import torchvision.ops
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    model = net(lambda self, x: torchvision.ops.box_area(x) * math.sqrt(x.shape[0]))
+    names = featx.get_graph_node_names(model).eval
+    assert names == get_graph_node_names(model)[1]
+    assert {"box_area", "sqrt"} <= set(names)
 
 
 def helper(x: torch.Tensor) -> torch.Tensor:
