@@ -22,6 +22,8 @@ How names are made:
 3. If that name, or a numbered form of it, was given out before, the number after the most recently
    given one is appended: ``relu``, ``relu_1``, ``relu_2``.
 4. No name is given twice: where rule 3 would repeat one, the next free number is taken.
+5. With ``exact=True`` the paths of all modules count as given out from the start. The first call of
+   a module has its path as name, as it is; rules 3 and 4 name the others.
 
 Names, values and keys are those of ``torchvision.models.feature_extraction``. featx differs where
 that returns something else than was asked for, runs more than is needed, crashes, or changes the
@@ -30,10 +32,12 @@ caller's model; the README lists every difference.
 
 import argparse
 import ast
+import bisect
 import builtins
 import collections
 import contextlib
 import copy
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -47,6 +51,7 @@ import operator
 import os
 import random
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -167,6 +172,7 @@ def get_graph_node_names(
     suppress_diff_warning: bool = False,
     concrete_args: Optional[Dict[str, Any]] = None,
     *,
+    exact: bool = False,
     auto_leaf: bool = False,
 ) -> NodeNames:
     """List the names of a model's nodes, in execution order, in train mode and in eval mode.
@@ -178,6 +184,7 @@ def get_graph_node_names(
             it, ``torchvision.ops``.
         suppress_diff_warning: do not warn when the two modes differ.
         concrete_args: values for arguments of ``forward`` that are fixed while tracing.
+        exact: name by rule 5 as well: the path of a module means that module.
         auto_leaf: where the forward of a submodule cannot be traced, make its class a leaf and try
             again; a warning lists the classes.
 
@@ -194,7 +201,7 @@ def get_graph_node_names(
     """
     # 1. Trace in both modes; the model is restored, whatever happens.
     with _unchanged(model) as keeper:
-        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args, auto_leaf)
+        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args, exact, auto_leaf)
     # 2. Say where the modes differ, since one list of queries may then not do for both.
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
@@ -210,12 +217,18 @@ def create_feature_extractor(
     suppress_diff_warning: bool = False,
     concrete_args: Optional[Dict[str, Any]] = None,
     *,
+    exact: bool = False,
     auto_leaf: bool = False,
 ) -> "DualGraphModule":
     """Cut from a model a module that returns intermediate values and runs only what they need.
 
     A query matches the names that equal it or begin with it and a dot; its value is that of the
     last such node. The query ``"output"``, where no node has that name, is the model's own output.
+
+    By default names and values are torchvision's, and a warning says where that misleads: where the
+    path of a module is the name of another node, where a module returns something else than its
+    last operation, and where a later operation overwrites the value in place. ``exact=True`` gives
+    what each module or operation returned in eager execution.
 
     Args:
         model: any module that torch.fx can trace. It comes back as it was; the extractor shares
@@ -224,6 +237,8 @@ def create_feature_extractor(
             which are their own keys, or one query.
         train_return_nodes, eval_return_nodes: in place of ``return_nodes``, queries for each mode.
         tracer_kwargs, suppress_diff_warning, concrete_args, auto_leaf: as in :func:`get_graph_node_names`.
+        exact: a query that is the path of a module gives what its first call returned, in its own
+            structure; ``path_1`` is the second call. What is overwritten later is cloned before.
 
     Returns:
         A module with the model's signature that returns a dict key -> value in execution order. It
@@ -232,8 +247,9 @@ def create_feature_extractor(
     Raises:
         NodeNameError: a query matches no node.
         UntraceableError: torch.fx cannot trace the model.
-        ValueError: two queries have one key, the queries are given in no way or in two, or
-            ``concrete_args`` has an argument that ``forward`` lacks.
+        ValueError: two queries have one key, the queries are given in no way or in two,
+            ``concrete_args`` has an argument that ``forward`` lacks, or a module whose output is asked
+            for returned an object that a graph cannot hold.
         TypeError: an argument is something else than it should be.
 
     >>> extractor = create_feature_extractor(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), ["0", "output"])
@@ -244,16 +260,17 @@ def create_feature_extractor(
     _check_model(model)
     queries = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model) as keeper:
-        # 2. Trace in both modes, and find the node of each query.
-        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args, auto_leaf)
+        # 2. Trace in both modes, and find the value of each query.
+        tracers = _trace_both(keeper, model, tracer_kwargs, concrete_args, exact, auto_leaf)
         features = {mode: _find_features(tracers, mode, queries[mode]) for mode in tracers}
         # 3. Cut each graph down to what its features need.
-        graphs = {mode: _prune(tracers[mode], features[mode]) for mode in tracers}
+        cuts = {mode: _prune(tracers[mode], features[mode], queries[mode]) for mode in tracers}
         # 4. Make one module of the two graphs.
-        extractor = DualGraphModule(model, graphs["train"], graphs["eval"], type(model).__name__)
-    # 5. Say where the modes differ.
+        extractor = DualGraphModule(model, cuts["train"].graph, cuts["eval"].graph, type(model).__name__)
+    # 5. Say where the modes differ, and which features are not what they seem.
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
+    _warn_hazards(tracers, features, {mode: cut.overwritten for mode, cut in cuts.items()})
     return extractor
 
 
@@ -290,6 +307,10 @@ class LeafModuleAwareTracer(fx.Tracer):
 class NodePathTracer(LeafModuleAwareTracer):
     """A tracer that names each node after the place in the model where it was recorded.
 
+    Args:
+        exact: name by rule 5 as well: the path of a module means that module.
+        args, kwargs: as for :class:`LeafModuleAwareTracer`.
+
     Attributes:
         node_to_qualname: node -> name, in execution order. Constants that are arguments and the
             graph's output have no name.
@@ -300,11 +321,14 @@ class NodePathTracer(LeafModuleAwareTracer):
     ['input', '0', '1']
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, exact: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.node_to_qualname: Dict[fx.Node, str] = {}
+        self._exact = exact
+        self._training = False
         self._scope = ""
         self._namer = _Namer()
+        self._returned: Dict[str, _Feature] = {}  # what the calls of modules returned, in that order
         self._failure: Optional[Tuple[BaseException, str, Type[nn.Module]]] = None
         self._thread = threading.get_ident()
 
@@ -316,6 +340,10 @@ class NodePathTracer(LeafModuleAwareTracer):
     def trace(self, root: Any, concrete_args: Optional[Dict[str, Any]] = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
         self._thread = threading.get_ident()
+        if isinstance(root, nn.Module):
+            self._training = root.training
+            paths = [path for path, _ in root.named_modules(remove_duplicate=False) if path]
+            self._namer = _Namer(paths if self._exact else ())
         return super().trace(root, concrete_args)
 
     def call_module(
@@ -328,14 +356,23 @@ class NodePathTracer(LeafModuleAwareTracer):
         outer, self._scope = self._scope, path
         try:
             if self.is_leaf_module(m, path):
-                return self.create_proxy("call_module", path, args, kwargs)
-            return forward(*args, **kwargs)
+                value = self.create_proxy("call_module", path, args, kwargs)
+                name = self.node_to_qualname[value.node]
+            else:
+                value = forward(*args, **kwargs)
+                name = self._namer.name(path, None) if self._exact else path
+            self._returned.setdefault(name if self._exact else path, self._as_returned(value))
+            return value
         except Exception as error:
             if self._failure is None or self._failure[0] is not error:
                 self._failure = (error, path, type(m))
             raise
         finally:
             self._scope = outer
+
+    def _as_returned(self, value: Any) -> "_Feature":
+        after = next(iter(reversed(self.graph.nodes)), None)
+        return _Feature(_map_nested(lambda item: item.node if isinstance(item, fx.Proxy) else item, value), after)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
         """Record the use of a parameter."""
@@ -382,10 +419,11 @@ def _trace_both(
     model: nn.Module,
     tracer_kwargs: Optional[Mapping[str, Any]] = None,
     concrete_args: Optional[Dict[str, Any]] = None,
+    exact: bool = False,
     auto_leaf: bool = False,
 ) -> Dict[str, NodePathTracer]:
     """Trace in train mode, then in eval mode; afterwards each submodule has the mode it had."""
-    arguments = _tracer_arguments(tracer_kwargs)
+    arguments = {**_tracer_arguments(tracer_kwargs), "exact": exact}
     _check_concrete_args(model, concrete_args)
     modes = {module: module.training for module in model.modules()}
     try:
@@ -568,21 +606,35 @@ _FILE = _shorten.__code__.co_filename
 
 
 class _Namer:
-    """Gives out names by the four rules of the module's docstring; knows strings only."""
+    """Gives out names by the rules of the module's docstring; knows strings only.
 
-    def __init__(self) -> None:
+    Args:
+        paths: those of all modules for rule 5; none for rules 1 to 4 alone.
+    """
+
+    def __init__(self, paths: Iterable[str] = ()) -> None:
         self._next: Dict[str, int] = {}  # stem -> the number after the most recently given form
         self._given: Dict[str, int] = {}  # a name given out -> the number to try after it
+        self._uncalled = set(paths)
+        for path in self._uncalled:
+            self._next[path], self._given[path] = 1, (_split_number(path)[1] or 0) + 1
+        self._exact = bool(self._uncalled)
 
     def name(self, scope: str, own: Optional[str]) -> str:
-        """The name of the next node: ``own`` is torch.fx's name for it, None for a leaf module.
+        """The name of the next node: ``own`` is torch.fx's name for it, None for a call of a module.
 
         >>> namer = _Namer()
         >>> [namer.name("layer1.0", own) for own in ("relu_4", "add_2", "relu_5")]
         ['layer1.0.relu', 'layer1.0.add', 'layer1.0.relu_1']
+        >>> namer = _Namer(["ln_1", "relu"])
+        >>> [namer.name(scope, own) for scope, own in (("", "relu"), ("ln_1", None), ("relu", None))]
+        ['relu_1', 'ln_1', 'relu']
         """
         place = scope if own is None else f"{scope}.{own}" if scope else own
-        stem = _split_number(place)[0]
+        if own is None and place in self._uncalled:
+            self._uncalled.remove(place)
+            return place
+        stem = place if own is None and self._exact else _split_number(place)[0]
         number = self._next.get(stem, 0)
         name = first = f"{stem}_{number}" if number else stem
         while name in self._given:
@@ -659,20 +711,95 @@ def _prefixes(name: str) -> Iterator[str]:
     return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
-def _find_features(
-    tracers: Dict[str, NodePathTracer], mode: str, queries: Dict[str, str]
-) -> Dict[str, Optional[fx.Node]]:
-    """The nodes by key, in execution order; None stands for the model's own output, which comes last."""
-    names = tracers[mode].names
-    nodes: List[Optional[fx.Node]] = [*tracers[mode].node_to_qualname, None]
+_Read = Tuple[fx.Node, fx.Node]
+
+
+class _Feature(NamedTuple):
+    """A value that can be asked for."""
+
+    value: Any  # a node, or nodes and constants in the structure that a module returned
+    after: Optional[fx.Node]  # the node after which it is there; None if it is there from the start
+
+    @property
+    def reads(self) -> List[_Read]:
+        """What is read for it, and after which node."""
+        if self.after is None:
+            return []
+        if self.after.op == "output":
+            return [(self.after, self.after)]
+        return [(node, self.after) for node in _nodes_in([self.value])]
+
+
+def _find_features(tracers: Dict[str, NodePathTracer], mode: str, queries: Iterable[str]) -> Dict[str, _Feature]:
+    """The values by query, in execution order."""
+    tracer = tracers[mode]
+    names, nodes = tracer.names, list(tracer.node_to_qualname)
     positions = _select(names, queries)
+    found: Dict[str, _Feature] = {}
     for query in queries:
-        if query == "output":
-            positions.setdefault(query, len(names))
-        elif query not in positions:
-            raise NodeNameError(query, mode, _suggestions(names, query), _hint(tracers, mode, query))
-    ordered = sorted(queries, key=positions.__getitem__)
-    return {queries[query]: nodes[positions[query]] for query in ordered}
+        if tracer._exact and query in tracer._returned:
+            found[query] = tracer._returned[query]
+        elif query in positions:
+            node = nodes[positions[query]]
+            found[query] = _Feature(node, node)
+        elif query == "output":
+            found[query] = _own_output(tracer.graph)
+        else:
+            raise NodeNameError(
+                query, mode, _suggestions([*names, *tracer._returned], query), _hint(tracers, mode, query)
+            )
+    place = {node: index for index, node in enumerate(tracer.graph.nodes)}
+    turn = {name: index for index, name in enumerate(tracer._returned)}  # of modules that return after the same node
+    ordered = sorted(found, key=lambda query: (place.get(found[query].after, -1), turn.get(query, -1)))
+    return {query: found[query] for query in ordered}
+
+
+def _own_output(graph: fx.Graph) -> _Feature:
+    """What the model itself returns, in its own structure."""
+    output = next(iter(reversed(graph.nodes)))
+    value, pytree_info = output.args[0], getattr(graph._codegen, "pytree_info", None)
+    if pytree_info is not None and pytree_info.out_spec is not None:
+        value = tree_unflatten(list(value), pytree_info.out_spec)
+    return _Feature(value, output)
+
+
+def _warn_hazards(
+    tracers: Dict[str, NodePathTracer],
+    features: Dict[str, Dict[str, _Feature]],
+    overwritten: Dict[str, Dict[str, fx.Node]],
+) -> None:
+    """Warn, once for each query, where a feature is something else than its query says."""
+    found: Dict[str, Dict[str, List[str]]] = {}  # query -> what is to be said -> the modes of which it is true
+    for mode, tracer in tracers.items():
+        for query, feature in features[mode].items():
+            texts = []
+            if not tracer._exact and _misleads(tracer, query, feature.value):
+                texts.append(
+                    f"is the value of {_described(tracer, feature.value)}, not what the module {query!r} returns"
+                )
+            if query in overwritten[mode]:
+                texts.append(f"is overwritten in place by {_described(tracer, overwritten[mode][query])}")
+            for text in texts:
+                found.setdefault(query, {}).setdefault(text, []).append(mode)
+    for query, said in found.items():
+        text = ", and ".join(text if len(modes) == 2 else f"{text} in {modes[0]} mode" for text, modes in said.items())
+        _warn(f"the feature {query!r} {text}; exact=True gives its own value")
+
+
+def _misleads(tracer: NodePathTracer, query: str, node: fx.Node) -> bool:
+    """Whether a node is not the value of the module whose path its query is."""
+    returned = tracer._returned.get(query)
+    if returned is None or returned.value is node:
+        return False
+    # An operation in place gives back what it wrote into, so it may be either of two nodes.
+    same = returned.value in _effects(tracer.root, node)[0]
+    return not same or node.target in (operator.setitem, operator.delitem)
+
+
+def _described(tracer: NodePathTracer, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return f"the module {str(node.target)!r}"
+    return f"the operation {tracer.node_to_qualname.get(node, node.name)!r}"
 
 
 def _suggestions(names: Sequence[str], query: str) -> List[str]:
@@ -683,13 +810,17 @@ def _suggestions(names: Sequence[str], query: str) -> List[str]:
 
 def _hint(tracers: Dict[str, NodePathTracer], mode: str, query: str) -> str:
     """Why a query that matches nothing may have been expected to match."""
-    other = "eval" if mode == "train" else "train"
-    if _select(tracers[other].names, [query]):
+    tracer, other = tracers[mode], "eval" if mode == "train" else "train"
+    if _select(tracers[other].names, [query]) or (tracer._exact and query in tracers[other]._returned):
         return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
-    tracer = tracers[mode]
-    modules = dict(tracer.root.named_modules())
+    modules = dict(tracer.root.named_modules(remove_duplicate=False))
     if not query or query not in modules:
         return ""
+    first = tracer.path_of_module(modules[query])
+    if first != query:
+        return f"It is the same module as {first!r}, after which its calls are named."
+    if query in tracer._returned:
+        return "It runs no operation of its own; with exact=True its value is what it returns."
     called = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
     for path in _prefixes(query):
         if path in called:
@@ -713,25 +844,33 @@ class _Operation(NamedTuple):
     kind: str = ""  # "placeholder", "assert" or nothing special
 
 
-def _staying(operations: Sequence[_Operation], requested: Iterable[int]) -> List[int]:
+def _staying(
+    operations: Sequence[_Operation], requested: Iterable[int], reads: Iterable[Tuple[int, int]] = ()
+) -> List[int]:
     """The positions of the operations that must run for the requested ones to have their values.
 
-    Nothing after the last requested position runs. Before it, an operation stays if it is requested
-    or an assert, if one that stays takes its value, or if it writes into memory that a later one
-    that stays reads. Placeholders always stay.
+    A requested value is what its operation returned; a read ``(position, after)`` is the value of one
+    as it is after another. Nothing after the last of these runs. Before it, an operation stays if it
+    is requested or an assert, if one that stays takes its value, or if it writes into memory that a
+    read, or a later one that stays, reads. Placeholders always stay.
 
     >>> operations = [_Operation(kind="placeholder"), _Operation((0,)), _Operation((1,), writes=(1,), views=(1,)),
     ...               _Operation((1,)), _Operation((3,))]
-    >>> _staying(operations, [3]), _staying(operations, [1])
-    ([0, 1, 2, 3], [0, 1])
+    >>> _staying(operations, [3]), _staying(operations, [1]), _staying(operations, [], [(1, 2)])
+    ([0, 1, 2, 3], [0, 1], [0, 1, 2])
     """
     memory = _memories(operations)
     needed: Set[int] = set(requested)
-    cut = max(needed, default=-1)
-    read: Set[int] = set()  # the memories that later operations which stay read
+    read_after: Dict[int, List[int]] = collections.defaultdict(list)
+    for position, after in reads:
+        read_after[after].append(position)
+    cut = max(needed.union(read_after), default=-1)
+    read: Set[int] = set()  # the memories that are read later
     staying = []
     for position in range(len(operations) - 1, -1, -1):
         operation = operations[position]
+        needed.update(read_after.get(position, ()))
+        read.update(memory[taken] for taken in read_after.get(position, ()))
         if operation.kind != "placeholder":
             if position > cut:
                 continue
@@ -742,6 +881,29 @@ def _staying(operations: Sequence[_Operation], requested: Iterable[int]) -> List
         needed.update(operation.inputs)
         read.update(memory[taken] for taken in operation.inputs)
     return staying[::-1]
+
+
+def _overwritten(
+    operations: Sequence[_Operation], staying: Iterable[int], reads: Iterable[Tuple[int, int]]
+) -> Dict[Tuple[int, int], int]:
+    """The reads of values that change afterwards, and the position of the first operation that changes each.
+
+    >>> operations = [_Operation(kind="placeholder"), _Operation((0,)), _Operation((1,), writes=(1,), views=(1,))]
+    >>> _overwritten(operations, [0, 1, 2], [(0, 0), (1, 1), (2, 2)])
+    {(1, 1): 2}
+    """
+    memory = _memories(operations)
+    writers: Dict[int, List[int]] = collections.defaultdict(list)
+    for position in staying:
+        for written in operations[position].writes:
+            writers[memory[written]].append(position)
+    found = {}
+    for taken, after in reads:
+        later = writers.get(memory[taken], [])
+        index = bisect.bisect_right(later, after)
+        if index < len(later):
+            found[taken, after] = later[index]
+    return found
 
 
 def _memories(operations: Sequence[_Operation]) -> List[int]:
@@ -759,34 +921,142 @@ def _memories(operations: Sequence[_Operation]) -> List[int]:
     return [find(position) for position in range(len(operations))]
 
 
-def _prune(tracer: NodePathTracer, features: Dict[str, Optional[fx.Node]]) -> fx.Graph:
-    """Cut a traced graph down to what the features need, and make them its output."""
-    graph = tracer.graph
-    nodes = list(graph.nodes)
-    output = nodes[-1]
-    position = {node: index for index, node in enumerate(nodes)}
-    operations = _describe(tracer, nodes, position)
-    kept = set(_staying(operations, [position[node or output] for node in features.values()]))
-    own, pytree_info = output.args[0], getattr(graph._codegen, "pytree_info", None)
-    if pytree_info is not None and pytree_info.out_spec is not None:
-        own = tree_unflatten(list(own), pytree_info.out_spec)
-    values = {key: node or own for key, node in features.items()}
-    for index in range(len(nodes) - 1, -1, -1):
-        if index not in kept or nodes[index] is output:
-            graph.erase_node(nodes[index])
+class _Cut(NamedTuple):
+    graph: fx.Graph
+    overwritten: Dict[str, fx.Node]  # the queries whose value an operation overwrites, and that operation
+
+
+def _prune(tracer: NodePathTracer, features: Dict[str, _Feature], keys: Dict[str, str]) -> _Cut:
+    """Cut a traced graph down to what the features need, and make them its output.
+
+    If the tracer is exact, what is overwritten later is cloned before.
+    """
+    graph, exact = tracer.graph, tracer._exact
+    features = {query: _with_constants(tracer, query, feature) for query, feature in features.items()}
+    plan = _plan(tracer, features.values())
+    clones = {read: _clone_after(graph, *read) for read in plan.overwritten} if exact else {}
+    values = {keys[query]: _as_argument(tracer, feature, clones) for query, feature in features.items()}
+    for node in reversed(graph.nodes):
+        if node in plan.leaving:
+            graph.erase_node(node)
     graph.output(values)
+    pytree_info = getattr(graph._codegen, "pytree_info", None)
     if pytree_info is not None:  # the features are returned as they are, not packed like the model's own output
         graph._codegen.pytree_info = pytree_info._replace(out_spec=None)  # type: ignore[attr-defined]
-    return graph
+    writers = {
+        query: plan.overwritten[read]
+        for query in features
+        for read in features[query].reads
+        if read in plan.overwritten
+    }
+    return _Cut(graph, {} if exact else writers)
 
 
-def _describe(tracer: NodePathTracer, nodes: Sequence[fx.Node], position: Dict[fx.Node, int]) -> List[_Operation]:
-    """What each node reads, writes and shares, as plain data."""
+def _with_constants(tracer: NodePathTracer, query: str, feature: _Feature) -> _Feature:
+    """The same feature, in which tensors that a module returned as they are, such as buffers, are nodes."""
+    if isinstance(feature.value, fx.Node) or feature.after is not None and feature.after.op == "output":
+        return feature
+    following = feature.after.next if feature.after else next(iter(tracer.graph.nodes))
+
+    def as_argument(item: Any) -> Any:
+        return item if isinstance(item, fx.Node) else tracer.create_arg(item)
+
+    try:
+        with tracer.graph.inserting_before(following):
+            return _Feature(_map_nested(as_argument, feature.value), following.prev)
+    except NotImplementedError as error:
+        raise ValueError(f"what {query!r} returned cannot be a feature, ask for what is inside: {error}") from error
+
+
+class _Plan(NamedTuple):
+    leaving: Set[fx.Node]  # what need not run, and the output of the traced graph
+    overwritten: Dict[_Read, fx.Node]  # the reads whose value changes later, and what changes it
+
+
+def _plan(tracer: NodePathTracer, features: Iterable[_Feature]) -> _Plan:
+    """Find out what must run."""
+    nodes = list(tracer.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    reads = [(position[taken], position[after]) for feature in features for taken, after in feature.reads]
+    operations = _describe(tracer, nodes, position)
+    requested = [] if tracer._exact else [taken for taken, _ in reads]
+    staying = _staying(operations, requested, reads if tracer._exact else [])
+    overwritten = _overwritten(operations, staying, reads)
+    if overwritten:  # look again, closely: a warning is for what happens in this mode, a clone for what can happen
+        modes = (True, False) if tracer._exact else (tracer._training,)
+        overwritten = _overwritten(_describe(tracer, nodes, position, modes), staying, reads)
+    leaving = {nodes[-1], *nodes} - {nodes[index] for index in staying if index < len(nodes) - 1}
+    changes = {(nodes[taken], nodes[after]): nodes[writer] for (taken, after), writer in overwritten.items()}
+    return _Plan(leaving, changes)
+
+
+def _clone_after(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
+    following = after.next
+    while following.op == "placeholder":
+        following = following.next
+    with graph.inserting_before(following):
+        return graph.call_function(_clone, (node,))
+
+
+def _clone(value: torch.Tensor) -> torch.Tensor:
+    """What a feature was before it is overwritten; of nested values, all tensors."""
+    # TorchScript does not look into the second branch, and takes what it has no type for as a tensor.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return value.clone()
+    else:  # noqa: RET505
+        is_tensor = (torch.Tensor, fx.Proxy)
+        cloned: torch.Tensor = _map_nested(lambda item: item.clone() if isinstance(item, is_tensor) else item, value)
+        return cloned
+
+
+def _as_argument(tracer: NodePathTracer, feature: _Feature, clones: Dict[_Read, fx.Node]) -> Any:
+    """A feature's value as an argument of the output node."""
+    if feature.after is not None and feature.after.op == "output":
+        return feature.value
+
+    def final(item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            return fx.Proxy(clones.get((item, feature.after or item), item), tracer)
+        return item
+
+    return tracer.create_arg(_map_nested(final, feature.value))
+
+
+def _map_nested(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure of dicts, lists, tuples and dataclasses, with the function's value of each item.
+
+    >>> _map_nested(abs, {"a": [-1, (-2,)]})
+    {'a': [1, (2,)]}
+    """
+    if isinstance(value, (list, tuple)):
+        items = [_map_nested(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        new: Any = copy.copy(value)
+        for key, item in value.items():
+            new[key] = _map_nested(function, item)
+        return new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(new, field.name, _map_nested(function, getattr(value, field.name)))
+        return new
+    return function(value)
+
+
+def _describe(
+    tracer: fx.Tracer, nodes: Sequence[fx.Node], position: Dict[fx.Node, int], modes: Sequence[bool] = ()
+) -> List[_Operation]:
+    """What each node reads, writes and shares, as plain data.
+
+    By default what is not torch's own is taken to do whatever it may; given modes (``True`` for train
+    mode), it is looked into, for what it does in these.
+    """
     operations = []
     fetched: Dict[int, List[int]] = {}  # a parameter or buffer, by its id -> the nodes that fetch it
     for index, node in enumerate(nodes):
         inputs = [position[taken] for taken in node.all_input_nodes]
-        writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node))
+        writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node, modes))
         if node.op == "get_attr":
             same = fetched.setdefault(id(_at(tracer.root, str(node.target))), [])
             views = same[:1]
@@ -804,7 +1074,7 @@ _ASSERTS = (torch._assert, _assert_is_none)
 _Effects = Tuple[List[fx.Node], List[fx.Node]]  # the inputs that are written to, those that are viewed
 
 # Modules of torch.nn that can return their input, or a view of it.
-_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
+_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
 # Functions and methods that can return their input, or a view of it, though their schemas do not say so.
 _VIEW_FUNCTIONS = frozenset(
     "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod chain_matmul data einsum meshgrid type_as"
@@ -821,29 +1091,30 @@ _IN_PLACE_METHODS = frozenset(
 )
 
 
-def _effects(root: nn.Module, node: fx.Node) -> _Effects:
+def _effects(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Effects:
     """The inputs into whose memory a node writes, and those that its value may share memory with."""
     if node.op not in ("call_module", "call_function", "call_method"):
         return [], []
     inputs = node.all_input_nodes
     if node.op == "call_module":
-        effect = _module_effect(_at(root, str(node.target)))
-        return _opaque(node) if effect is None else (inputs * effect.writes, inputs * effect.views)
+        effect = _module_effect(_at(root, str(node.target)), modes)
+        return _opaque(root, node, modes) if effect is None else (inputs * effect.writes, inputs * effect.views)
+    if node.target is getattr:
+        return [], inputs if node.args[1] in _VIEW_ATTRIBUTES else []
     if not _is_torch(node.target):
-        return _opaque(node)
+        return _opaque(root, node, modes)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if "out" in node.kwargs:
         written = _nodes_in([node.kwargs["out"]])
         return written, written
     if _writes_first_argument(node, name):
-        return _nodes_in(node.args[:1]) or inputs, inputs
-    if node.target is getattr:
-        return [], inputs if node.args[1] in _VIEW_ATTRIBUTES else []
+        written = _nodes_in(node.args[:1]) or inputs
+        return written, written if name.endswith("_") else inputs  # a list shares memory with what is put into it
     if name in _VIEW_FUNCTIONS:
         return [], inputs
     aliases = _aliases(_operator_name(node, name))
     if aliases is None:
-        return _opaque(node)
+        return _opaque(root, node)
     arguments: Dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     writes, views = (_nodes_in(arguments[at] for at in alias if at in arguments) for alias in aliases)
     return writes, views
@@ -854,23 +1125,33 @@ class _Effect(NamedTuple):
     views: bool
 
 
-def _module_effect(module: nn.Module) -> Optional[_Effect]:
-    """Whether a leaf writes into its inputs and whether it may return them; None if that cannot be known."""
+def _module_effect(module: nn.Module, modes: Sequence[bool] = ()) -> Optional[_Effect]:
+    """Whether a leaf writes into its inputs and whether it may return them; None if it is opaque."""
+    if isinstance(module, _dropping_modules()):
+        drops = True in modes and bool(module.p != 0)
+        keeps = False in modes or not drops  # gives back its very input
+        writes = _is_inplace(module) and (drops or not modes)
+        return _Effect(writes, views=writes or keeps)
     if _is_inplace(module):
         return _Effect(writes=True, views=True)
     if getattr(type(module), "forward", None) is nn.Sequential.forward:
         writes, views = False, True
         for child in module.children():
-            effect = _module_effect(child)
+            effect = _module_effect(child, modes)
             if effect is None:
                 return None
             writes, views = writes or (views and effect.writes), views and effect.views
         return _Effect(writes, views)
     if _is_torch(type(module)) and not any(module.children()):
         return _Effect(writes=False, views=isinstance(module, _VIEW_MODULES))
-    if any(map(_is_inplace, module.modules())):
-        return _Effect(writes=True, views=True)
     return None
+
+
+def _dropping_modules() -> Tuple[Type[nn.Module], ...]:
+    """The classes of modules that in eval mode, or with p = 0, return their input itself."""
+    ops = sys.modules.get("torchvision.ops")
+    names = ("StochasticDepth", "DropBlock2d", "DropBlock3d")
+    return (_DropoutNd, *(vars(ops)[name] for name in names if hasattr(ops, name)))
 
 
 def _is_inplace(module: nn.Module) -> bool:
@@ -878,11 +1159,104 @@ def _is_inplace(module: nn.Module) -> bool:
     return isinstance(inplace, (bool, int)) and bool(inplace)
 
 
-def _opaque(node: fx.Node) -> _Effects:
-    """What is not torch's own may return its inputs; if nobody takes its value, it is there for a side effect."""
+def _opaque(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Effects:
+    """The effects of a call of what is not torch's own.
+
+    It may return its inputs. It is believed to write into them if its name or a part of it says so,
+    or if nobody takes its value, since it is then there for a side effect.
+    """
     inputs = node.all_input_nodes
-    writes = not node.users or _writes_first_argument(node, getattr(node.target, "__name__", ""))
-    return inputs * writes, inputs
+    seen = [_seen_inside(root, node, training) for training in modes]
+    if seen and None not in seen:
+        writes, views = (list(itertools.chain(*effect)) for effect in zip(*filter(None, seen)))
+        return writes, views
+    written = not node.users or _writes_first_argument(node, getattr(node.target, "__name__", ""))
+    if node.op == "call_module":
+        written = written or any(map(_is_inplace, _at(root, str(node.target)).modules()))
+    if written or node.op != "call_function":
+        return inputs * written, inputs
+    names, returned = _plain_effects(node.target)
+    if not names:
+        return [], inputs
+    arguments = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    return _nodes_in(map(arguments.get, names)), _nodes_in(map(arguments.get, returned)) if returned else inputs
+
+
+@functools.lru_cache(maxsize=None)
+def _plain_effects(function: Any) -> Tuple[FrozenSet[Any], FrozenSet[Any]]:
+    """The parameters into which a function plainly writes; those it plainly returns, if it returns nothing else.
+
+    ``a[...] = b``, ``a += b`` and ``a.add_(b)`` are plain where ``a`` stands for nothing else in the source.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        names: Set[Any] = set(inspect.signature(function).parameters)
+    except (OSError, TypeError, ValueError, SyntaxError):  # of C, or otherwise without source
+        return frozenset(), frozenset()
+    written, returned = [], []
+    for part in ast.walk(tree):
+        if isinstance(part, ast.AugAssign):
+            written.append(_base(part.target))
+        elif isinstance(part, (ast.Subscript, ast.Attribute)) and isinstance(part.ctx, ast.Store):
+            written.append(_base(part))
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and _is_inplace_name(part.func.attr):
+            written.append(_base(part.func))
+        elif isinstance(part, ast.Return):
+            returned.append(part.value.id if isinstance(part.value, ast.Name) else None)
+        elif isinstance(part, ast.Assign):
+            names.difference_update(target.id for target in part.targets if isinstance(target, ast.Name))
+    return frozenset(names.intersection(written)), frozenset(returned if names.issuperset(returned) else ())
+
+
+def _base(expression: Any) -> Optional[str]:
+    """The name that an expression starts with: ``a`` of ``a[0].b(c)``."""
+    while isinstance(expression, (ast.Subscript, ast.Attribute, ast.Call)):
+        expression = expression.func if isinstance(expression, ast.Call) else expression.value
+    return expression.id if isinstance(expression, ast.Name) else None
+
+
+def _seen_inside(root: nn.Module, node: fx.Node, training: bool) -> Optional[_Effects]:
+    """The effects of an opaque call in a mode, found by tracing it alone; None if it cannot be traced."""
+    inputs = node.all_input_nodes
+    target: Any = _at(root, str(node.target)) if node.op == "call_module" else node.target
+    modes = {module: module.training for module in target.modules()} if isinstance(target, nn.Module) else {}
+
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(inputs, values)).__getitem__)
+        return target(*args, **kwargs)
+
+    names = ", ".join(f"value_{index}" for index in range(len(inputs)))  # fx reads the arguments off the code
+    alone = type("_Alone", (nn.Module,), {"forward": eval(f"lambda self, {names}: call({names})", {"call": call})})()
+    if modes:
+        alone.target = target
+    tracer = _InnerTracer(leaf_modules=_dropping_modules())
+    try:
+        for module in modes:
+            module.training = training
+        nodes = list(tracer.trace(alone).nodes)
+    except Exception:  # its code may be anybody's
+        return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    operations = _describe(tracer, nodes, {node: index for index, node in enumerate(nodes)})
+    memory = _memories(operations)
+    written = {memory[at] for operation in operations for at in operation.writes}
+    returned = {memory[at] for at in operations[-1].inputs}
+    memories = dict(zip(inputs, memory))  # the placeholders come first, in the order of the inputs
+    return [i for i in inputs if memories[i] in written], [i for i in inputs if memories[i] in returned]
+
+
+class _InnerTracer(LeafModuleAwareTracer):
+    """A tracer for what fx does not look into otherwise, which may assign to items."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ItemProxy(node, self)
+
+
+class _ItemProxy(fx.Proxy):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 def _writes_first_argument(node: fx.Node, name: str) -> bool:
@@ -894,9 +1268,14 @@ def _writes_first_argument(node: fx.Node, name: str) -> bool:
         place = _inplace_position(node.target)
         inplace = node.kwargs.get("inplace", node.args[place] if 0 <= place < len(node.args) else False)
         if inplace:
-            return True
+            training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+            return "dropout" not in name or bool(training)
     if node.op == "call_method" and name in _IN_PLACE_METHODS:
         return True
+    return _is_inplace_name(name)
+
+
+def _is_inplace_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
