@@ -727,7 +727,9 @@ class _Feature(NamedTuple):
             return []
         if self.after.op == "output":
             return [(self.after, self.after)]
-        return [(node, self.after) for node in _nodes_in([self.value])]
+        items: List[Any] = []
+        _map_nested(items.append, self.value)
+        return [(node, self.after) for node in _nodes_in(items)]
 
 
 def _find_features(tracers: Dict[str, NodePathTracer], mode: str, queries: Iterable[str]) -> Dict[str, _Feature]:
@@ -999,14 +1001,16 @@ def _clone_after(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:
-    """What a feature was before it is overwritten; of nested values, all tensors."""
+    """What a feature is before it is overwritten; of nested values, all tensors."""
     # TorchScript does not look into the second branch, and takes what it has no type for as a tensor.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return value.clone()
     else:  # noqa: RET505
-        is_tensor = (torch.Tensor, fx.Proxy)
-        cloned: torch.Tensor = _map_nested(lambda item: item.clone() if isinstance(item, is_tensor) else item, value)
-        return cloned
+        return _map_nested(_clone_item, value)  # type: ignore[no-any-return]
+
+
+def _clone_item(item: Any) -> Any:
+    return item.clone() if isinstance(item, (torch.Tensor, fx.Proxy)) else item
 
 
 def _as_argument(tracer: NodePathTracer, feature: _Feature, clones: Dict[_Read, fx.Node]) -> Any:

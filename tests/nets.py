@@ -220,6 +220,50 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors(item)
 
 
+def snapshot(value: Any) -> Any:
+    """The value as it is now: later in-place writes do not reach it."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        items = [snapshot(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [snapshot(item) for item in value]
+    if isinstance(value, dict):
+        return type(value)((key, snapshot(item)) for key, item in value.items())
+    return value
+
+
+class Snapshots(fx.Interpreter):
+    """Runs a graph and keeps a clone of every node's value, taken when it was made."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n.name] = snapshot(value)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        plain = [list(value) if isinstance(value, list) else value for value in args]  # a graph's cannot be changed
+        return super().call_function(target, tuple(plain), kwargs)
+
+
+def truth(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """Name -> what the node's value was when it was made, from an independent run of the whole graph."""
+    from tests import featx
+
+    tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
+    with featx._unchanged(model):
+        interpreter = Snapshots(fx.GraphModule(model, tracer.trace(model)))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            interpreter.run(x.clone())
+    return {name: interpreter.seen[node.name] for node, name in tracer.node_to_qualname.items()}
+
+
 def same(a: Any, b: Any) -> bool:
     """Bit-equal values of the same structure."""
     if isinstance(a, torch.Tensor):

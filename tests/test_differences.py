@@ -347,6 +347,36 @@ def test_d17_errors_say_where() -> None:
         assert part in str(ours.value)
 
 
+def test_d18_what_misleads_is_said_and_mended() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.pair(self.relu(self.ln_2(self.ln_1(x))))[0]
+
+    model = net(
+        forward,
+        ln_1=nn.LayerNorm(4),
+        ln_2=nn.Linear(4, 4),
+        relu=nn.ReLU(inplace=True),
+        pair=net(lambda self, x: (x * 2, x + 1)),
+    )
+    queries = ["ln_1", "pair", "relu"]
+    first = model.ln_1(X)
+    second = model.ln_2(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = torchvision.create_feature_extractor(model, queries)(X)
+        exact = featx.create_feature_extractor(model, [*queries, "ln_2"], exact=True)(X)
+    with pytest.warns(UserWarning, match="exact=True") as caught:
+        ours = featx.create_feature_extractor(model, queries)(X)
+    assert [str(warning.message).split("'")[1] for warning in caught] == ["ln_1", "pair"]
+    # ln_1 is ln_2's output, and overwritten; pair is its last operation.
+    for default in (theirs, ours):
+        assert torch.equal(default["ln_1"], second.relu())
+        assert torch.equal(default["pair"], second.relu() + 1)
+    assert torch.equal(exact["ln_1"], first)
+    assert torch.equal(exact["ln_2"], second)
+    assert nets.same(exact["pair"], (second.relu() * 2, second.relu() + 1))
+
+
 def test_d19_the_models_own_output() -> None:
     model = net(lambda self, x: {"logits": self.fc(x), "twice": (x * 2, None)}, fc=nn.Linear(4, 4))
     with pytest.raises(ValueError, match="output"):

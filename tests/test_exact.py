@@ -1,4 +1,4 @@
-"""With exact=True every feature is what its module or operation returned; without it, a warning says where it is not."""
+"""With exact=True every feature is what was returned in eager execution; without, a warning says where it is not."""
 
 from __future__ import annotations
 
@@ -32,22 +32,11 @@ def names(model: nn.Module) -> List[str]:
     return featx.get_graph_node_names(model, suppress_diff_warning=True, exact=True).eval
 
 
-def cloned(value: Any) -> Any:
-    """A deep copy with clones of the tensors: what a cloning hook keeps."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return type(value)((key, cloned(item)) for key, item in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(cloned, value))
-    return type(value)(map(cloned, value)) if isinstance(value, (list, tuple)) else value
-
-
 def seen_by_hooks(model: nn.Module, x: torch.Tensor) -> Dict[str, List[Any]]:
     """What each call of each module returned, cloned at that moment, in eager execution."""
     seen: Dict[str, List[Any]] = collections.defaultdict(list)
     hooks = [
-        module.register_forward_hook(lambda m, args, value, path=path: seen[path].append(cloned(value)))
+        module.register_forward_hook(lambda m, args, value, path=path: seen[path].append(nets.snapshot(value)))
         for path, module in model.named_modules()
         if path
     ]
@@ -69,7 +58,7 @@ def run(extractor: nn.Module, x: torch.Tensor) -> Dict[str, Any]:
 
 
 def operators() -> List[Any]:
-    """torchvision's own modules but those that fx cannot trace in train mode: opened, all that is inside can be asked for."""
+    """torchvision's own modules but those that fx cannot trace in train mode; opened, all inside can be asked for."""
     from torchvision import ops
 
     return [ops.Conv2dNormActivation, ops.SqueezeExcitation, ops.MLP, ops.Permute]
@@ -77,9 +66,7 @@ def operators() -> List[Any]:
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize(
-    "name", ["resnet18", "googlenet", "densenet121", "mobilenet_v3_small", "swin_t", "vit_b_32"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121", "mobilenet_v3_small", "swin_t", "vit_b_32"])
 def test_all_modules_of_a_model_at_once(name: str, opened: bool) -> None:
     model, x = nets.build(name), nets.zoo_input(name)
     kwargs = {"non_leaf_modules": operators()} if opened else None
@@ -97,38 +84,11 @@ def test_all_modules_of_a_model_at_once(name: str, opened: bool) -> None:
         ]
         assert len(queries) > 40
         by_mode = (queries, []) if mode else ([], queries)
-        features = run(exact(model, None, train_return_nodes=by_mode[0], eval_return_nodes=by_mode[1], tracer_kwargs=kwargs), x)
+        features = run(
+            exact(model, None, train_return_nodes=by_mode[0], eval_return_nodes=by_mode[1], tracer_kwargs=kwargs), x
+        )
         assert set(features) == set(queries)
         assert [query for query in queries if not torch.equal(features[query], expected[query][0])] == []
-
-
-class Watching(fx.Interpreter):
-    """Runs a graph in eager mode and keeps a clone of each tensor as soon as it is there."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.clones[n] = value.clone()
-        return value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        plain = [list(value) if isinstance(value, list) else value for value in args]  # some functions change these
-        return super().call_function(target, tuple(plain), kwargs)
-
-
-def clones_by_name(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    tracer = featx.NodePathTracer(
-        leaf_modules=featx._tracer_arguments({})["leaf_modules"],
-        autowrap_modules=featx._tracer_arguments({})["autowrap_modules"],
-    )
-    with featx._unchanged(model):
-        graph = tracer.trace(model)
-        watching = Watching(fx.GraphModule(model, graph))
-        watching.clones = {}
-        torch.manual_seed(1)
-        with torch.no_grad():
-            watching.run(x.clone())
-    return {name: watching.clones[n] for n, name in tracer.node_to_qualname.items() if n in watching.clones}
 
 
 def warned(model: nn.Module, queries: List[str]) -> Any:
@@ -149,7 +109,7 @@ def test_warnings_for_all_tensors_of_a_model(name: str) -> None:
     model, x = nets.build(name), nets.zoo_input(name)
     for mode in (True, False):
         model.train(mode)
-        expected = clones_by_name(model, x)
+        expected = {name: value for name, value in nets.truth(model, x).items() if isinstance(value, torch.Tensor)}
         extractor, said = warned(model, list(expected))
         values = run(extractor, x)
         assert len(expected) > 20
@@ -187,3 +147,500 @@ def test_no_warning_for_stages(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         featx.create_feature_extractor(nets.build_on_meta(name), STAGES[name], suppress_diff_warning=True)
+
+
+# --- names ---
+
+
+def test_the_path_of_a_module_means_that_module() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.relu(torch.relu(self.fc_2(self.fc_1(x))) + self.ln_1(x))
+
+    model = net(forward, fc_1=nn.Linear(4, 4), fc_2=nn.Linear(4, 4), ln_1=nn.LayerNorm(4), relu=nn.ReLU())
+    default = featx.get_graph_node_names(model).eval
+    assert default == ["x", "fc", "fc_1", "relu", "ln", "add", "relu_1"]
+    assert names(model) == ["x", "fc_1", "fc_2", "relu_1", "ln_1", "add", "relu"]
+    assert featx.get_graph_node_names(model, exact=True).train == names(model)
+    seen = seen_by_hooks(model, X)
+    features = run(exact(model, ["fc_1", "fc_2", "ln_1", "relu"]), X)
+    assert list(features) == ["fc_1", "fc_2", "ln_1", "relu"]
+    for path, value in features.items():
+        assert torch.equal(value, seen[path][0]), path
+
+
+def test_vits_layer_norms() -> None:
+    model = nets.build_on_meta("vit_b_32")
+    first = "encoder.layers.encoder_layer_0"
+    default, mended = (featx.get_graph_node_names(model, exact=way).eval for way in (False, True))
+    assert f"{first}.ln" in default
+    assert f"{first}.ln" not in mended
+    assert [name for name in mended if name.startswith(f"{first}.ln")] == [f"{first}.ln_1", f"{first}.ln_2"]
+
+
+def slow_exact_names(paths: List[str], calls: List[Any]) -> List[str]:
+    """Rule 5 by another way: a set of what is taken, searched upwards from the last number."""
+    given: List[str] = []
+    taken = set(paths)
+    for scope, own in calls:
+        place = scope if own is None else ".".join(part for part in (scope, own) if part)
+        if own is None and place not in given:
+            given.append(place)
+            continue
+        stem, _, digits = place.rpartition("_")
+        if own is None or not (stem and digits and all(digit in "0123456789" for digit in digits)):
+            stem = place
+        forms = [name for name in given if name not in paths and is_form(name, stem)]
+        number = number_of(forms[-1], stem) + 1 if forms else int(stem in taken)
+        name = f"{stem}_{number}" if number else stem
+        while name in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        given.append(name)
+        taken.add(name)
+    return given
+
+
+def is_form(name: str, stem: str) -> bool:
+    rest = name[len(stem) :] if name.startswith(stem) else "?"
+    return rest == "" or (rest[0] == "_" and rest[1:] != "" and all(digit in "0123456789" for digit in rest[1:]))
+
+
+def number_of(name: str, stem: str) -> int:
+    return int(name[len(stem) + 1 :] or 0)
+
+
+def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
+    for _ in range(500):
+        pool = ["a", "a_1", "a_2", "a.b", "a.b_1", "a_1.b", "x", "x_1", "x_1_1", "x_3"]
+        paths = rng.sample(pool, rng.randrange(1, 8))
+        calls = []
+        for _ in range(rng.randrange(30)):
+            if rng.random() < 0.4:
+                calls.append((rng.choice(paths), None))
+            else:
+                calls.append(
+                    (rng.choice(["", "a", "a_1"]), rng.choice(["x", "x_1", "x_0", "b", "b_7", "a", "a_2_1", "x_1_1"]))
+                )
+        namer = featx._Namer(paths)
+        given = [namer.name(*call) for call in calls]
+        assert given == slow_exact_names(paths, calls), (paths, calls)
+        assert len(set(given)) == len(given)
+        for path in paths:
+            assert all(call == (path, None) for call, name in zip(calls, given) if name == path)
+
+
+def test_a_module_called_again() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.leaf = nets.Block(), nn.Linear(4, 4)
+            self.block_1 = nn.Tanh()  # a real path, which numbers go around
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.leaf(self.block(self.block_1(self.leaf(self.block(x)))))
+
+    model = Twice()
+    seen = seen_by_hooks(model, X)
+    features = run(exact(model, ["block", "block_2", "leaf", "leaf_1", "block_1"]), X)
+    assert list(features) == ["block", "leaf", "block_1", "block_2", "leaf_1"]
+    assert torch.equal(features["block"], seen["block"][0])
+    assert torch.equal(features["block_2"], seen["block"][1])
+    assert torch.equal(features["leaf"], seen["leaf"][0])
+    assert torch.equal(features["leaf_1"], seen["leaf"][1])
+    assert torch.equal(features["block_1"], seen["block_1"][0])
+    extractor, said = warned(model.eval(), ["block"])
+    assert set(said) == {"block"}
+    assert torch.equal(run(extractor, X)["block"], seen["block"][1])
+
+
+def test_a_module_under_two_paths_has_the_first() -> None:
+    shared = nets.Block()
+    model = net(lambda self, x: self.b(self.a(x)), a=shared, b=shared)
+    features = run(exact(model, ["a", "a_1"]), X)
+    with torch.no_grad():
+        assert torch.equal(features["a"], shared(X))
+        assert torch.equal(features["a_1"], shared(shared(X)))
+    with pytest.raises(featx.NodeNameError, match="It is the same module as 'a', after which its calls are named"):
+        exact(model, ["b"])
+
+
+# --- what modules return ---
+
+
+class Named(NamedTuple):
+    hidden: Any
+    pooled: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    hidden: Any
+    history: Any
+
+
+STRUCTURES = {
+    "tuple": lambda self, h: (h, h.mean()),
+    "list": lambda self, h: [h, (h * 2, None)],
+    "dict": lambda self, h: {"hidden": h, "more": {"twice": h * 2}},
+    "ordered": lambda self, h: collections.OrderedDict(out=h, aux=h + 1),
+    "named": lambda self, h: Named(h, h.mean()),
+    "dataclass": lambda self, h: Record(h, [h, h + 1]),
+    "constants": lambda self, h: (h, 3, "text", None, 0.5, True),
+    "buffer": lambda self, h: (h, self.buffer),
+    "parameter": lambda self, h: self.fc.weight,
+    "named_tuple_of_torch": lambda self, h: torch.max(h, 1),
+    "chunks": lambda self, h: h.chunk(2),
+    "its_input": lambda self, h: h,
+    "nothing": lambda self, h: None,
+}
+
+
+def wrapped(structure: str) -> nn.Module:
+    """A net whose module ``inner`` returns a structure, and which goes on from there."""
+
+    def inner(self: Any, x: Any) -> Any:
+        return STRUCTURES[structure](self, self.fc(x))
+
+    def forward(self: Any, x: Any) -> Any:
+        self.inner(x)
+        return self.last(torch.sigmoid(x))
+
+    return net(forward, inner=net(inner, fc=nn.Linear(4, 4), buffer=torch.ones(2)), last=nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_structures_come_back(structure: str) -> None:
+    model = wrapped(structure)
+    seen = seen_by_hooks(model, X)["inner"][0]
+    features = run(exact(model, ["inner", "last"]), X)
+    value = features["inner"]
+    if isinstance(seen, Record):
+        assert isinstance(value, Record)
+        assert same(dataclasses.astuple(value), dataclasses.astuple(seen))
+    else:
+        assert same(
+            tuple(value) if structure in ("chunks", "named_tuple_of_torch") else value,
+            seen if structure not in ("chunks", "named_tuple_of_torch") else tuple(seen),
+        )
+
+
+def test_what_is_changed_after_it_was_returned() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        out = self.inner(x)
+        out["hidden"].mul_(0)
+        out["late"] = x
+        out["list"].append(x)
+        return self.last(out["hidden"])
+
+    inner = net(lambda self, x: {"hidden": self.fc(x), "list": [x + 1]}, fc=nn.Linear(4, 4))
+    model = net(forward, inner=inner, last=nn.Linear(4, 4))
+    seen = seen_by_hooks(model, X)["inner"][0]
+    features = run(exact(model, ["inner", "inner.fc", "last"]), X)
+    assert list(features["inner"]) == ["hidden", "list"]
+    assert same(features["inner"], seen)
+    assert torch.equal(features["inner.fc"], seen["hidden"])
+    assert torch.equal(features["last"], model.last(torch.zeros(3, 4)).detach())
+
+
+@pytest.mark.zoo
+def test_structures_of_the_zoo() -> None:
+    googlenet, x = nets.build("googlenet").train(), nets.zoo_input("googlenet")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        own = googlenet(x.clone())
+    value = run(exact(googlenet, None, train_return_nodes=["output"], eval_return_nodes=[]), x)["output"]
+    assert type(value) is type(own)
+    assert same(tuple(value), tuple(own))
+    assert torch.equal(value.aux_logits1, own.aux_logits1)
+    model, x = nets.build("lraspp_mobilenet_v3_large").eval(), nets.zoo_input("lraspp_mobilenet_v3_large")
+    seen = seen_by_hooks(model, x)["backbone"][0]
+    features = run(exact(model, ["backbone", "output", "classifier"]), x)
+    assert list(seen) == ["low", "high"]
+    assert same(features["backbone"], dict(seen))
+    assert isinstance(features["output"], dict)
+    extractor, said = warned(model, ["backbone"])
+    assert "is the value of the operation" in said["backbone"] or "is the value of the module" in said["backbone"]
+
+
+def test_a_container_that_is_never_called_means_what_is_last_in_it() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x + 1
+
+    model = net(forward, layers=nn.ModuleList([nets.Block(), nets.Block()]))
+    features = run(exact(model, ["layers", "layers.1"]), X)
+    assert torch.equal(features["layers"], features["layers.1"])
+    assert not warned(model.eval(), ["layers", "layers.1"])[1]
+
+
+def test_a_module_that_runs_no_operation() -> None:
+    model = net(lambda self, x: self.fc(self.same(x)), same=net(lambda self, x: x), fc=nn.Linear(4, 4))
+    assert torch.equal(run(exact(model, ["same"]), X)["same"], X)
+    with pytest.raises(featx.NodeNameError, match="runs no operation of its own; with exact=True its value"):
+        featx.create_feature_extractor(model, ["same"])
+
+
+def test_what_a_graph_cannot_hold() -> None:
+    class Odd:
+        pass
+
+    def forward(self: Any, x: Any) -> Any:
+        self.inner(x)
+        return x + 1
+
+    model = net(forward, inner=net(lambda self, x: [x, Odd()]))
+    with pytest.raises(ValueError, match="what 'inner' returned cannot be a feature, ask for what is inside: .*Odd"):
+        exact(model, ["inner"])
+    assert list(exact(model, ["add"])(X)) == ["add"]
+
+
+# --- what is overwritten ---
+
+
+@pytest.mark.parametrize("kind", nets.IN_PLACE)
+def test_each_way_of_writing_in_place(kind: str) -> None:
+    model = nets.writes_in_place(kind).eval()
+    seen = seen_by_hooks(model, X)["linear"][0]
+    listed = names(model)
+    features = run(exact(model, ["linear", listed[-1]]), X)
+    assert torch.equal(features["linear"], seen)
+    with torch.no_grad():
+        assert torch.equal(features[listed[-1]], model(X))
+    _, said = warned(model, ["linear", listed[-1]])
+    assert list(said) == ["linear"]
+    assert "is overwritten in place by" in said["linear"]
+    assert not warned(model, ["linear"])[1], "alone it is not overwritten: nothing after it runs"
+
+
+def test_a_write_inside_of_a_module_is_part_of_what_it_returns() -> None:
+    def inner(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        torch.relu_(y)
+        return y
+
+    def forward(self: Any, x: Any) -> Any:
+        y = self.inner(x)
+        y.add_(1)
+        return y * 2
+
+    model = net(forward, inner=net(inner, fc=nn.Linear(4, 4)))
+    seen = seen_by_hooks(model, X)
+    for queries in (["inner"], ["inner", "mul"], ["inner.fc", "inner", "mul"]):
+        features = run(exact(model, queries), X)
+        for path in set(queries) & set(seen):
+            assert torch.equal(features[path], seen[path][0]), (queries, path)
+    assert "is overwritten in place by" not in warned(model.eval(), ["inner"])[1].get("inner", "")
+    assert not warned(model, ["inner"])[1], "the write in place returns what the module returns"
+
+
+def test_no_clone_where_none_is_needed() -> None:
+    model = nets.build("resnet18")
+    both = [exact(model, ["bn1"]), exact(model, ["layer1", "layer4", "fc"])]
+    for extractor in both:
+        assert not [node for node in extractor.graph.nodes if node.target is featx._clone]
+    overwritten = exact(model, ["bn1", "layer1"])
+    assert len([node for node in overwritten.graph.nodes if node.target is featx._clone]) == 1
+
+
+def test_the_input_and_tuples_are_cloned_too() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        halves = x.chunk(2, 1)
+        x.mul_(3)
+        return halves[0] + 1
+
+    model = net(forward)
+    features = run(exact(model, ["x", "chunk", "add"]), X)
+    assert torch.equal(features["x"], X)
+    assert same(tuple(features["chunk"]), X.chunk(2, 1))
+    assert torch.equal(features["add"], X[:, :2] * 3 + 1)
+
+
+def test_a_buffer_is_what_it_was() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        before = self.inner(x)
+        self.inner.count.add_(1)
+        return before + self.inner.count
+
+    model = net(forward, inner=net(lambda self, x: (self.count, x)[0], count=torch.zeros(4)))
+    extractor = exact(model, ["inner", "output"])
+    features = run(extractor, X)
+    assert torch.equal(features["inner"], torch.zeros(4))
+
+
+class Fills(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > -1e9:  # fx cannot trace this
+            x[:, 0] = 7
+        return x
+
+
+def fills(x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > -1e9:
+        x[:, 0] = 7
+    return x
+
+
+def test_functions_that_cannot_be_looked_into() -> None:
+    """What their source plainly does is seen."""
+    model = net(lambda self, x: fills(self.fc(x)) + 1, fc=nn.Linear(4, 4)).eval()
+    kwargs = {"autowrap_functions": (fills,)}
+    features = run(exact(model, ["fc", "add"], tracer_kwargs=kwargs), X)
+    assert torch.equal(features["fc"], model.fc(X).detach())
+    with pytest.warns(UserWarning, match="'fc' is overwritten in place by the operation 'fills'"):
+        featx.create_feature_extractor(model, ["fc", "add"], tracer_kwargs=kwargs)
+
+
+class Squeezing(nn.Module):
+    """Its parts write in place, but not into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.fc(x)) * x
+
+
+class Rectifying(Squeezing):
+    """Its parts write into its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.relu(x))
+
+
+@pytest.mark.parametrize(("leaf", "writes"), [(Squeezing, False), (Rectifying, True)])
+def test_leaves_are_looked_into(leaf: Any, writes: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), leaf()).eval()
+    seen = seen_by_hooks(model, X)
+    kwargs = {"leaf_modules": [leaf]}
+    extractor = exact(model, ["0", "1"], tracer_kwargs=kwargs)
+    features = run(extractor, X)
+    assert torch.equal(features["0"], seen["0"][0])
+    assert torch.equal(features["1"], seen["1"][0])
+    assert (featx._clone in [node.target for node in extractor.graph.nodes]) == writes
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        featx.create_feature_extractor(model, ["0", "1"], tracer_kwargs=kwargs)
+    assert len(caught) == int(writes)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_in_place_writes_in_train_mode_only(p: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(p, inplace=True))
+    for mode in (True, False):
+        assert set(warned(model.train(mode), ["0", "1"])[1]) == ({"0"} if mode and p else set())
+    # Whoever switches the dropout of an extractor on by hand has exact features all the same.
+    extractor = exact(model.eval(), ["0", "1"])
+    next(m for m in extractor.modules() if isinstance(m, nn.Dropout)).train()
+    features = run(extractor, X)
+    assert torch.equal(features["0"], model[0](X).detach())
+    functional = net(lambda self, x: F.dropout(self.fc(x), 0.9, self.training, True) + 1, fc=nn.Linear(4, 4))
+    for mode in (True, False):
+        assert set(warned(functional.train(mode), ["fc", "add"])[1]) == ({"fc"} if mode else set())
+
+
+# --- warnings ---
+
+
+class Misleading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2, self.relu = nn.LayerNorm(4), nn.LayerNorm(4), nn.ReLU(inplace=True)
+        self.pair = net(lambda self, x: (x * 2, x + 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pair(self.relu(self.ln_2(self.ln_1(x))))[0]
+
+
+def test_the_texts() -> None:
+    with pytest.warns(UserWarning, match="exact=True") as caught:
+        featx.create_feature_extractor(Misleading(), ["ln_1", "relu", "pair", "output"])
+    assert [str(warning.message) for warning in caught] == [
+        "the feature 'ln_1' is the value of the module 'ln_2', not what the module 'ln_1' returns,"
+        " and is overwritten in place by the module 'relu'; exact=True gives its own value",
+        "the feature 'pair' is the value of the operation 'pair.add', not what the module 'pair' returns;"
+        " exact=True gives its own value",
+    ]
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_a_hazard_of_one_mode() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        return torch.relu_(y) if self.training else torch.relu(y)
+
+    with pytest.warns(UserWarning, match="'fc' is overwritten in place by the operation 'relu_' in train mode;"):
+        featx.create_feature_extractor(net(forward, fc=nn.Linear(4, 4)), ["fc", "output"], suppress_diff_warning=True)
+
+
+def test_hazards_do_not_change_values() -> None:
+    """The default is torchvision's, with a warning or without."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = Misleading().eval()
+    with pytest.warns(UserWarning, match="exact=True"):
+        ours = featx.create_feature_extractor(model, ["ln", "ln_1", "pair"])
+    assert same(run(ours, X), run(create_feature_extractor(model, ["ln", "ln_1", "pair"]), X))
+
+
+# --- what can be done with them ---
+
+
+def make_exact() -> Any:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
+    extractor = exact(model, ["0", "2", "3"])
+    assert [node.target for node in extractor.graph.nodes].count(featx._clone) == 2
+    return model, extractor
+
+
+def scripted(extractor: nn.Module) -> Any:
+    return torch.jit.script(extractor)
+
+
+def exported(extractor: nn.Module) -> Any:
+    return torch.export.export(extractor, (X,)).module()
+
+
+def by_torch_save(extractor: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(extractor, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    [
+        scripted,
+        exported,
+        copy.deepcopy,
+        copy.copy,
+        by_torch_save,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: torch.compile(module, backend="aot_eager"),
+        fx.symbolic_trace,
+        lambda module: exact(module, {"clone": "0", "clone_1": "2", "3": "3"}),
+    ],
+)
+def test_what_can_be_done_with_extractors(how: Any, mode: bool) -> None:
+    model, extractor = make_exact()
+    model.train(mode)
+    seen = seen_by_hooks(model, X)
+    features = run(how(extractor.train(mode)), X)
+    for key in ("0", "2", "3"):
+        assert torch.equal(features[key], seen[key][0]), key
+
+
+def test_gradients_are_those_of_eager_execution() -> None:
+    model, extractor = make_exact()
+    model.eval(), extractor.eval()
+    loss = sum((value * (index + 1)).pow(2).sum() for index, value in enumerate(extractor(X).values()))
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    kept: List[torch.Tensor] = []
+    for at in (0, 2, 3):
+        model[at].register_forward_hook(lambda m, args, value: kept.append(value.clone()))
+    model(X)
+    loss = sum((value * (index + 1)).pow(2).sum() for index, value in enumerate(kept))
+    assert all(map(torch.equal, ours, torch.autograd.grad(loss, list(model.parameters()))))

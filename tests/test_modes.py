@@ -16,7 +16,7 @@ from tests import featx, nets
 from tests.nets import net
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
-BOTH = {"body": "b", "head": "h"}
+BOTH = {"body": "b", "head": "h", "output": "o"}
 
 
 def make(model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -24,9 +24,10 @@ def make(model: nn.Module | None = None, **options: Any) -> nn.Module:
 
 
 def expected(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """By hand, in the model's own mode."""
+    """By hand, in the model's own mode; each has operations that the other lacks."""
     body = model.body(x)
-    return {"b": body, "h": model.head(body)}
+    head = model.head(body)
+    return {"b": body, "h": head, "o": head + model.aux(body).mean() if model.training else head * 2}
 
 
 def run(module: Callable[..., Any], x: torch.Tensor = X) -> Any:
@@ -158,10 +159,10 @@ def test_copies_are_independent() -> None:
     twin.register_forward_hook(mark)
     assert not extractor.training
     assert extractor.head.weight.abs().sum() > 0
-    assert list(extractor(X)) == ["b", "h"]
+    assert list(extractor(X)) == ["b", "h", "o"]
     shallow = copy.copy(extractor)
     shallow.register_forward_hook(mark)
-    assert list(extractor(X)) == ["b", "h"]
+    assert list(extractor(X)) == ["b", "h", "o"]
 
 
 def test_targets_that_pickle_cannot_find_by_itself() -> None:

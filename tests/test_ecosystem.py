@@ -1,0 +1,974 @@
+"""What is built around models, run for real on extractors: each tool gives what it gives for the eager model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Type
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing import assert_close
+
+from tests import featx, nets
+
+# fully_shard became public with torch 2.6; the tools that all of this is about change with each release.
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch.distributed.fsdp.fully_shard: torch 2.6"
+)
+
+OPTIONS: List[Dict[str, Any]] = [{}, {"exact": True}]
+BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
+
+X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MODES = {"body": "b", "head": "h"}
+BLOCKS = {"0": "low", "1": "high"}
+RESNET = {"layer1": "low", "layer2": "high"}
+# Outputs of modules of the zoo that no later operation overwrites, none of them the last.
+ZOO = {
+    "resnet18": ["relu", "layer1", "layer3.0"],
+    "mobilenet_v3_small": ["features.1", "features.4", "features.9"],
+    "swin_t": ["features.0", "features.1.1", "features.3"],
+}
+Extract = Callable[..., nn.Module]
+Values = Dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=OPTIONS, ids=str)
+def extract(request: pytest.FixtureRequest) -> Extract:
+    return functools.partial(featx.create_feature_extractor, suppress_diff_warning=True, **request.param)
+
+
+class Branches(nn.Module):
+    """The same features on two ways: each mode has operations that the other lacks, before the last feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nets.Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.aux = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        body = self.body(x)
+        body = body + self.aux(body) if self.training else body * 2
+        return self.last(torch.sigmoid(self.head(body)))
+
+
+def blocks() -> nn.Module:
+    return nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 2))
+
+
+def small_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(image_size=32, patch_size=16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64)
+
+
+def eager(model: nn.Module, paths: Mapping[str, str], x: torch.Tensor, clone: bool = True) -> Values:
+    """What hooks see of the modules' outputs while the whole model runs, under their keys.
+
+    Without clones it is for gradients: a clone changes the order in which autograd adds up three of them.
+    """
+    values: Values = {}
+
+    def hook_for(key: str) -> Callable[..., None]:
+        return lambda module, inputs, output: values.update({key: output.clone() if clone else output})
+
+    with contextlib.ExitStack() as hooks:
+        for path, key in paths.items():
+            hooks.enter_context(model.get_submodule(path).register_forward_hook(hook_for(key)))
+        run(model, x)
+    assert len(values) == len(paths), "a module did not run"
+    return values
+
+
+def run(module: Callable[..., Any], x: torch.Tensor) -> Any:
+    """A call whose random numbers are the same each time."""
+    torch.manual_seed(1)
+    return module(x)
+
+
+def loss_of(values: Values) -> torch.Tensor:
+    return torch.stack([(value.float() ** 2).mean() for value in values.values()]).sum()
+
+
+def gradients(values: Values, module: nn.Module) -> Values:
+    names, parameters = zip(*module.named_parameters())
+    found = torch.autograd.grad(loss_of(values), parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found))
+
+
+def differ(a: Values, b: Values) -> bool:
+    return all(not torch.equal(a[key], b[key]) for key in a)
+
+
+# --- torch.compile ---
+
+
+def test_compile(extract: Extract) -> None:
+    model = Branches()
+    extractor = extract(model, MODES)
+    # Inductor draws random numbers in its own way unless it is told not to.
+    options = {"options": {"fallback_random": True}} if BACKEND == "inductor" else {}
+    torch.compiler.reset()
+    for outer in (extractor, nn.Sequential(extractor)):
+        compiled = torch.compile(outer, backend=BACKEND, fullgraph=True, **options)
+        seen = []
+        for flipped, mode in ((compiled, True), (outer, False), (extractor, True), (compiled, False)):
+            flipped.train(mode)
+            model.train(mode)
+            expected = eager(model, MODES, X)
+            expected_gradients = gradients(expected, extractor)
+            actual = run(compiled, X)
+            # Inductor makes kernels of its own.
+            assert_close(actual, expected)
+            assert_close(gradients(actual, extractor), expected_gradients)
+            seen.append(actual)
+        assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
+
+
+def test_compile_recompiles_for_a_new_mode_only(extract: Extract) -> None:
+    model = Branches()
+    extractor = extract(model, MODES)
+    graphs: List[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(extractor, backend=backend, fullgraph=True, dynamic=False)
+    for mode in (True, False, True, False):
+        compiled.train(mode)
+        model.train(mode)
+        assert nets.same(run(compiled, X), eager(model, MODES, X)), mode
+    assert len(graphs) == 2
+
+
+# --- torch.export ---
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_export_to_a_file(extract: Extract, mode: bool, tmp_path: Path) -> None:
+    model = Branches().train(mode)
+    program = torch.export.export(
+        extract(model, MODES), (X,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}}
+    )
+    torch.export.save(program, tmp_path / "extractor.pt2")
+    loaded = torch.export.load(tmp_path / "extractor.pt2").module()
+    for batch in (X, X[:3], torch.cat([X, X.neg()])):
+        assert nets.same(run(loaded, batch), eager(model, MODES, batch)), len(batch)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_export_of_a_resnet(extract: Extract, mode: bool, tmp_path: Path) -> None:
+    model = nets.build("resnet18").train(mode)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(extract(model, RESNET), (IMAGES,), dynamic_shapes={"x": {0: batch}})
+    torch.export.save(program, tmp_path / "extractor.pt2")
+    loaded = torch.export.load(tmp_path / "extractor.pt2")
+    assert not [name for name in loaded.state_dict if name.startswith(("layer3", "layer4", "fc"))]
+    for images in (IMAGES, IMAGES[:3]):
+        assert nets.same(run(loaded.module(), images), eager(model, RESNET, images))
+
+
+# --- TorchScript ---
+
+
+@pytest.mark.parametrize("name", ["Branches", "resnet18"])
+def test_a_scripted_extractor_from_a_file_follows_the_mode(extract: Extract, name: str, tmp_path: Path) -> None:
+    model, paths, x = (Branches(), MODES, X) if name == "Branches" else (nets.build(name), RESNET, IMAGES)
+    torch.jit.script(extract(model, paths)).save(str(tmp_path / "extractor.pt"))
+    loaded = torch.jit.load(str(tmp_path / "extractor.pt"))
+    seen = []
+    for mode in (True, False, True):
+        # The file has statistics of its own; those of the model move in train mode.
+        loaded.load_state_dict(model.state_dict(), strict=False)
+        loaded.train(mode)
+        model.train(mode)
+        seen.append(run(loaded, x))
+        assert nets.same(seen[-1], eager(model, paths, x)), mode
+    assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
+
+
+def test_jit_trace_and_freeze(extract: Extract) -> None:
+    model = blocks().eval()
+    extractor = extract(model, BLOCKS)
+    expected = eager(model, BLOCKS, X)
+    assert nets.same(torch.jit.trace(extractor, X, strict=False)(X), expected)
+    assert nets.same(torch.jit.freeze(torch.jit.script(extractor))(X), expected)
+
+
+# --- ONNX ---
+
+
+@pytest.mark.parametrize("build", [blocks, functools.partial(nets.build, "resnet18"), small_vit])
+def test_onnx(extract: Extract, build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = build().eval()
+    paths = RESNET
+    x = X if build is blocks else IMAGES
+    if build is blocks:
+        paths = BLOCKS
+    elif build is small_vit:
+        paths = {"encoder.layers.encoder_layer_0": "low", "encoder.layers.encoder_layer_1": "high"}
+    file = str(tmp_path / "extractor.onnx")
+    torch.onnx.export(
+        extract(model, paths),
+        (x,),
+        file,
+        input_names=["x"],
+        output_names=list(paths.values()),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
+        verbose=False,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == list(paths.values())
+    for batch in (x, x[:3]):
+        values = session.run(None, {"x": batch.numpy()})
+        actual = {key: torch.from_numpy(value) for key, value in zip(paths.values(), values)}
+        # onnxruntime folds batch norm into convolutions and adds in another order: some 1e-6 of values around 1.
+        assert_close(actual, eager(model, paths, batch), rtol=1e-4, atol=1e-5)
+
+
+# --- files ---
+
+# The model itself is loaded last: it needs its code, which shows that the check before can fail.
+LOAD = """
+import sys, torch, {featx}
+torch.set_num_threads(1)
+extractor, x = torch.load("extractor.pt", weights_only=False), torch.load("x.pt")
+values = []
+for mode in (True, False):
+    extractor.train(mode)
+    torch.manual_seed(1)
+    values.append(extractor(x))
+assert not {{"torchvision", "tests", "pytest"}} & set(sys.modules), "the extractor needed the model's code"
+torch.save(values, "values.pt")
+torch.load("model.pt", weights_only=False)
+print(*sorted({{"torchvision", "tests"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(("name", "needs"), [("resnet18", "torchvision"), ("Branches", "tests")])
+def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str, needs: str, tmp_path: Path) -> None:
+    model = Branches() if name == "Branches" else nets.build(name)
+    paths, x = (MODES, X) if name == "Branches" else (RESNET, IMAGES)
+    for saved, file in ((extract(model, paths), "extractor.pt"), (model, "model.pt"), (x, "x.pt")):
+        torch.save(saved, tmp_path / file)
+    path = os.pathsep.join(map(str, (Path(featx.__file__).parent, Path(__file__).parents[1])))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD.format(featx=featx.__name__)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [needs]
+    expected = [eager(model.train(mode), paths, x) for mode in (True, False)]
+    assert nets.same(torch.load(tmp_path / "values.pt"), expected)
+    assert differ(*expected)
+
+
+def test_safetensors(extract: Extract, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, other = Branches(), Branches()
+    run(model.train(), X)  # statistics that are not those of a new model
+    save_file(extract(model, MODES).state_dict(), tmp_path / "extractor.safetensors")
+    extractor = extract(other, MODES)
+    assert differ(run(extractor.eval(), X), eager(model.eval(), MODES, X))
+    extractor.load_state_dict(load_file(tmp_path / "extractor.safetensors"))
+    for mode in (False, True):
+        model.train(mode)
+        extractor.train(mode)
+        assert nets.same(run(extractor, X), eager(model, MODES, X)), mode
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 4))
+    model[1].first.weight = model[0].first.weight
+    return model
+
+
+def test_safetensors_of_tied_weights(extract: Extract, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, load_model, save_model
+
+    model, file = tied(), str(tmp_path / "extractor.safetensors")
+    save_model(extract(model, BLOCKS), file)
+    assert len({"0.first.weight", "1.first.weight"} & set(load_file(file))) == 1
+    extractor = extract(tied(), BLOCKS)
+    assert differ(extractor(X), eager(model, BLOCKS, X))
+    assert load_model(extractor, file) == (set(), [])
+    assert nets.same(extractor(X), eager(model, BLOCKS, X))
+    assert extractor.get_parameter("0.first.weight") is extractor.get_parameter("1.first.weight")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", ZOO)
+def test_the_models_state_dict(extract: Extract, name: str, assign: bool) -> None:
+    model, other = nets.build(name).eval(), nets.build(name).eval()
+    paths = {path: path for path in ZOO[name]}
+    extractor = extract(other, paths)
+    assert differ(extractor(IMAGES), eager(model, paths, IMAGES))
+    state = model.state_dict()
+    result = extractor.load_state_dict(state, strict=False, assign=assign)
+    assert not result.missing_keys
+    # What was cut away: the modules whose parameters have no part in the features.
+    names, parameters = zip(*model.named_parameters())
+    found = torch.autograd.grad(loss_of(eager(model, paths, IMAGES)), parameters, allow_unused=True)
+    unused = {name.rpartition(".")[0] for name, gradient in zip(names, found) if gradient is None}
+    assert sorted(result.unexpected_keys) == sorted(key for key in state if key.rpartition(".")[0] in unused)
+    assert unused
+    assert nets.same(extractor(IMAGES), eager(model, paths, IMAGES))
+    first = next(iter(extractor.state_dict()))
+    assert (extractor.state_dict()[first].data_ptr() == state[first].data_ptr()) is assign
+
+
+# --- several processes ---
+
+
+def in_two_processes(worker: Callable[[int], Any], folder: Path) -> List[Any]:
+    torch.multiprocessing.spawn(_rank, args=(worker, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _rank(rank: int, worker: Callable[[int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        torch.save(worker(rank), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def images_of(rank: int, step: int) -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return nets.build("resnet18")
+
+
+def ddp_steps(rank: int, *, extract: Extract) -> List[Values]:
+    extractor = extract(resnet(), RESNET)
+    wrapped = nn.parallel.DistributedDataParallel(extractor, find_unused_parameters=False)
+    steps = []
+    for step in range(2):
+        wrapped.zero_grad()
+        loss_of(wrapped(images_of(rank, step))).backward()
+        steps.append({name: parameter.grad.clone() for name, parameter in extractor.named_parameters()})
+    return steps
+
+
+def test_ddp_uses_every_parameter(extract: Extract, tmp_path: Path) -> None:
+    """DDP raises in the second step if a parameter was without a gradient in the first."""
+    first, second = in_two_processes(functools.partial(ddp_steps, extract=extract), tmp_path)
+    assert nets.same(first, second)
+    model = resnet()
+    names = [name for name, _ in model.named_parameters() if not name.startswith(("layer3", "layer4", "fc"))]
+    for step in range(2):
+        assert list(first[step]) == names
+        shares = []
+        for rank in range(2):
+            model.zero_grad()
+            loss_of(eager(model, RESNET, images_of(rank, step), clone=False)).backward()
+            shares.append({name: model.get_parameter(name).grad.clone() for name in names})
+        # Halves are exact, so the order of dividing and adding does not show.
+        assert nets.same(first[step], {name: (shares[0][name] + shares[1][name]) / 2 for name in names})
+
+
+class EarlyByHook(nn.Module):
+    """A whole model of which an early feature is used."""
+
+    def __init__(self, model: nn.Module, paths: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model, self.paths = model, paths
+
+    def forward(self, x: torch.Tensor) -> Values:
+        return eager(self.model, self.paths, x)
+
+
+def ddp_without_an_extractor(rank: int) -> str:
+    wrapped = nn.parallel.DistributedDataParallel(EarlyByHook(resnet(), RESNET), find_unused_parameters=False)
+    loss_of(wrapped(images_of(rank, 0))).backward()
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration") as caught:
+        wrapped(images_of(rank, 1))
+    return str(caught.value)
+
+
+def test_ddp_of_the_whole_model_raises(tmp_path: Path) -> None:
+    messages = in_two_processes(ddp_without_an_extractor, tmp_path)
+    assert [len(re.findall("parameters that were not used", message)) for message in messages] == [1, 1]
+
+
+def fsdp_steps(rank: int, *, extract: Extract) -> List[Any]:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.manual_seed(0)
+    model = blocks()
+    extractor = extract(model, BLOCKS)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for path in ("0.first", "1.second"):
+        fully_shard(extractor.get_submodule(path), mesh=mesh)
+    fully_shard(extractor, mesh=mesh)
+    steps = []
+    for step in range(2):
+        extractor.zero_grad()
+        values = extractor(X[rank::2] + step)
+        loss_of(values).backward()
+        parameters = dict(extractor.named_parameters())
+        assert all(isinstance(p.grad, DTensor) for p in parameters.values()), "a parameter is not sharded"
+        assert parameters["0.first.weight"].to_local().shape == (2, 4)
+        steps.append((values, {name: parameter.grad.full_tensor() for name, parameter in parameters.items()}))
+    return steps
+
+
+def test_fsdp(extract: Extract, tmp_path: Path) -> None:
+    by_rank = in_two_processes(functools.partial(fsdp_steps, extract=extract), tmp_path)
+    torch.manual_seed(0)
+    model = blocks()
+    names = [name for name, _ in model.named_parameters() if not name.startswith("2.")]
+    for step in range(2):
+        shares = []
+        for rank in range(2):
+            model.zero_grad()
+            expected = eager(model, BLOCKS, X[rank::2] + step, clone=False)
+            assert nets.same(by_rank[rank][step][0], expected)
+            loss_of(expected).backward()
+            shares.append({name: model.get_parameter(name).grad.clone() for name in names})
+        mean = {name: (shares[0][name] + shares[1][name]) / 2 for name in names}
+        for rank in range(2):
+            assert nets.same(by_rank[rank][step][1], mean)
+
+
+# --- torch.func ---
+
+
+def test_functional_call(extract: Extract) -> None:
+    model, other = Branches(), Branches()
+    extractor = extract(model, MODES)
+    state = {name: other.state_dict()[name] for name in extractor.state_dict()}
+    for mode in (True, False):
+        extractor.train(mode)
+        other.train(mode)
+        before = copy.deepcopy(model.state_dict())
+        expected = eager(copy.deepcopy(other), MODES, X)
+        assert nets.same(run(lambda x: torch.func.functional_call(extractor, state, (x,)), X), expected), mode
+        assert nets.same(dict(model.state_dict()), dict(before)), "the extractor's own state was used"
+
+
+def test_vmap_over_inputs(extract: Extract) -> None:
+    model = Branches().eval()
+    extractor = extract(model, MODES)
+    groups = torch.stack([X, X * 2, X - 1])
+    actual = torch.func.vmap(extractor)(groups)
+    each = [eager(model, MODES, group) for group in groups]
+    # One product of larger matrices in place of three.
+    assert_close(actual, {key: torch.stack([values[key] for values in each]) for key in each[0]})
+
+
+def test_func_grad(extract: Extract) -> None:
+    model = Branches().eval()
+    extractor = extract(model, MODES)
+    parameters = {name: parameter.detach() for name, parameter in extractor.named_parameters()}
+
+    def loss(parameters: Values, x: torch.Tensor) -> torch.Tensor:
+        return loss_of(torch.func.functional_call(extractor, parameters, (x,)))
+
+    actual = torch.func.grad(loss)(parameters, X)
+    assert nets.same(actual, gradients(eager(model, MODES, X, clone=False), extractor))
+    for_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X[:, None])
+    one_by_one = [gradients(eager(model, MODES, x[None]), extractor) for x in X]
+    assert_close(for_each, {name: torch.stack([each[name] for each in one_by_one]) for name in parameters})
+
+
+def test_an_ensemble(extract: Extract) -> None:
+    """The names of an extractor's parameters are the model's, so what is stacked of models fits."""
+    models = [Branches().eval() for _ in range(3)]
+    extractor = extract(copy.deepcopy(models[0]).to("meta"), MODES)
+    state = {name: value for each in torch.func.stack_module_state(models) for name, value in each.items()}
+    kept = {name: state[name] for name in extractor.state_dict()}
+    actual = torch.func.vmap(lambda state, x: torch.func.functional_call(extractor, state, (x,)), in_dims=(0, None))(
+        kept, X
+    )
+    each = [eager(model, MODES, X) for model in models]
+    assert_close(actual, {key: torch.stack([values[key] for values in each]) for key in each[0]})
+
+
+# --- numbers and memory ---
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("name", [*ZOO, "vit"])
+def test_autocast(extract: Extract, name: str, mode: bool) -> None:
+    model = small_vit() if name == "vit" else nets.build(name)
+    paths = {path: path for path in ZOO.get(name, ["encoder.layers.encoder_layer_0.mlp", "encoder.layers"])}
+    extractor = extract(model.train(mode), paths)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = run(extractor, IMAGES), eager(model, paths, IMAGES)
+    assert nets.same(actual, expected)
+    assert torch.bfloat16 in {value.dtype for value in actual.values()}
+    assert not nets.same(actual, run(extractor, IMAGES))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_channels_last(extract: Extract, mode: bool) -> None:
+    model = nets.build("resnet18").train(mode).to(memory_format=torch.channels_last)
+    extractor = extract(model, RESNET)
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    actual = run(extractor, images)
+    assert nets.same(actual, eager(model, RESNET, images))
+    for value in actual.values():
+        assert value.is_contiguous(memory_format=torch.channels_last)
+        assert not value.is_contiguous()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients(extract: Extract, name: str, mode: bool) -> None:
+    model = nets.build(name).train(mode)
+    paths = {path: path for path in ZOO[name]}
+    extractor = extract(model, paths)
+    actual = gradients(run(extractor, IMAGES), extractor)
+    assert nets.same(actual, gradients(eager(model, paths, IMAGES, clone=False), extractor))
+    assert all(gradient.any() for gradient in actual.values())
+
+
+# --- changes to modules ---
+
+
+# torch's own default observers still use what they warn of.
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
+def test_quantization_by_graph(extract: Extract) -> None:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    early = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = nn.Sequential(early, nn.Flatten(), nn.LazyLinear(2)).eval()
+    model(IMAGES)
+    extractor = extract(model, {"0": "early"})
+    expected = eager(model, {"0": "early"}, IMAGES)
+
+    def quantized(module: nn.Module) -> nn.Module:
+        prepared = prepare_fx(copy.deepcopy(module), get_default_qconfig_mapping(), (IMAGES,))
+        prepared(IMAGES)
+        return convert_fx(prepared)
+
+    converted = quantized(extractor)
+    actual = converted(IMAGES)
+    assert nets.same(actual, {"early": quantized(early)(IMAGES)})
+    assert "quantized" in type(converted.get_submodule("0.0")).__module__
+    assert_close(actual, expected, rtol=0, atol=0.05)
+    assert differ(actual, expected)
+
+
+def with_weight_norm(module: nn.Module) -> None:
+    parametrizations.weight_norm(module)
+    module.parametrizations.weight.original0.data.mul_(2)
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.triu() + weight.triu(1).T
+
+
+CHANGES: Dict[str, Callable[[nn.Module], Any]] = {
+    "parametrize": lambda module: parametrize.register_parametrization(module, "weight", Symmetric()),
+    "weight_norm": with_weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "prune": lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+    "prune_for_good": lambda module: prune.remove(prune.l1_unstructured(module, "weight", amount=0.5), "weight"),
+}
+
+
+@pytest.mark.parametrize("first", ["extract", "change"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights(extract: Extract, change: str, first: str) -> None:
+    model = blocks()
+    before = eager(model, BLOCKS, X)
+    if first == "extract":
+        extractor = extract(model, BLOCKS)
+        CHANGES[change](extractor.get_submodule("0.first"))
+    else:
+        CHANGES[change](model.get_submodule("0.first"))
+        extractor = extract(model, BLOCKS)
+    actual, expected = extractor(X), eager(model, BLOCKS, X)
+    assert nets.same(actual, expected)
+    assert differ(actual, before)
+    without_clones = eager(model, BLOCKS, X, clone=False)
+    assert nets.same(gradients(actual, extractor), gradients(without_clones, extractor))
+    assert set(extractor.state_dict()) == {name for name in model.state_dict() if not name.startswith("2.")}
+
+
+# --- modules around and inside ---
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = Branches().train(mode)
+    extractor = extract(model, MODES)
+    x, twin = X.clone().requires_grad_(), X.clone().requires_grad_()
+    # The reentrant kind looks for tensors in tuples only, so the dict is made outside.
+    keys = list(MODES.values())
+    calls: List[int] = []
+
+    def forward(x: torch.Tensor) -> Any:
+        calls.append(1)
+        return tuple(extractor(x).values())
+
+    actual = run(lambda x: dict(zip(keys, checkpoint(forward, x, use_reentrant=use_reentrant))), x)
+    expected = eager(model, MODES, twin, clone=False)
+    assert nets.same(actual, expected)
+    for parameter in extractor.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    loss_of(actual).backward()
+    got = {name: parameter.grad.clone() for name, parameter in extractor.named_parameters()}
+    assert len(calls) == 2, "nothing was computed again"
+    assert nets.same(got, gradients(eager(model, MODES, X, clone=False), extractor))
+    loss_of(expected).backward()
+    assert torch.equal(x.grad, twin.grad)
+
+
+def test_flops_of_an_early_block(extract: Extract) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = nets.build("resnet18").eval()
+    extractor = extract(model, "layer1")
+    counts = []
+    for call in (
+        extractor,
+        lambda x: model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x))))),
+        model,
+    ):
+        with FlopCounterMode(display=False) as counter:
+            call(IMAGES)
+        counts.append(counter.get_total_flops())
+    assert 0 < counts[0] == counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_symbolic_trace_of_an_extractor(extract: Extract, mode: bool) -> None:
+    model = Branches().train(mode)
+    traced = fx.symbolic_trace(extract(model, MODES))
+    assert nets.same(run(traced, X), eager(model, MODES, X))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("tool", [lambda e: fx.Interpreter(e).run, lambda e: fx.Transformer(e).transform()])
+def test_tools_of_fx(extract: Extract, tool: Callable[[Any], Callable[..., Any]], mode: bool) -> None:
+    model = Branches().train(mode)
+    assert nets.same(run(tool(extract(model, MODES)), X), eager(model, MODES, X))
+
+
+def test_fusion_by_fx(extract: Extract) -> None:
+    from torch.fx.experimental.optimization import fuse
+
+    early = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(early, nn.Flatten(), nn.Linear(8 * 30 * 30, 2))
+    model(IMAGES)
+    model.eval()
+    fused = fuse(extract(model, {"0": "early"}))
+    assert not [module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)]
+    # Batch norm is multiplied into the weights, which rounds elsewhere.
+    assert_close(fused(IMAGES), eager(model, {"0": "early"}, IMAGES))
+
+
+def test_shapes_without_values(extract: Extract) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    model = nets.build("resnet18")
+    expected = {key: value.shape for key, value in eager(model, RESNET, IMAGES).items()}
+    extractor = extract(model, RESNET)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        faked = extractor(mode.from_tensor(IMAGES))
+    on_meta = copy.deepcopy(extractor).to("meta")(IMAGES.to("meta"))
+    assert {key: value.shape for key, value in faked.items()} == expected
+    assert {key: value.shape for key, value in on_meta.items()} == expected
+
+
+def test_averaged_weights(extract: Extract) -> None:
+    from torch.optim.swa_utils import AveragedModel
+
+    model, other = Branches().eval(), Branches().eval()
+    extractor = extract(copy.deepcopy(model), MODES)
+    averaged = AveragedModel(extractor)
+    averaged.update_parameters(extractor)
+    averaged.update_parameters(extract(other, MODES))
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters()):
+            mine.lerp_(theirs, 0.5)
+    assert_close(averaged(X), eager(model, MODES, X))
+    assert differ(averaged(X), eager(other, MODES, X))
+
+
+@pytest.mark.parametrize("build", ["modes", "vit"])
+def test_an_extractor_of_an_extractor(extract: Extract, build: str) -> None:
+    model = small_vit() if build == "vit" else Branches()
+    layers = "encoder.layers.encoder_layer"
+    outer = MODES if build == "modes" else {f"{layers}_0.mlp": "low", f"{layers}_1.mlp": "high"}
+    inner = {path: key for path, key in outer.items() if key in ("h", "low")}
+    x = X if build == "modes" else IMAGES
+    twice = extract(extract(model, outer), inner)
+    assert set(twice.state_dict()) == set(extract(model, inner).state_dict())
+    for mode in (True, False, True):
+        twice.train(mode)
+        model.train(mode)
+        assert nets.same(run(twice, x), eager(model, inner, x)), mode
+
+
+def test_hooks_of_submodules_fire(extract: Extract) -> None:
+    model = blocks()
+    extractor = extract(model, BLOCKS)
+    fired: List[str] = []
+    for path in ("0.first", "1.second"):
+        module = extractor.get_submodule(path)
+        module.register_forward_pre_hook(lambda *_, path=path: fired.append(f"{path} before"))
+        module.register_forward_hook(lambda module, inputs, output: output * 2)
+        module.register_full_backward_hook(lambda *_, path=path: fired.append(f"{path} backward"))
+    actual = extractor(X.clone().requires_grad_())
+    loss_of(actual).backward()
+    assert fired == ["0.first before", "1.second before", "1.second backward", "0.first backward"]
+    assert nets.same(actual, eager(model, BLOCKS, X)), "the modules and their hooks are the model's"
+    assert differ(actual, eager(copy_of_values(model), BLOCKS, X)), "the hooks changed nothing"
+
+
+def test_containers_are_not_called(extract: Extract) -> None:
+    """As in any fx.GraphModule: what is inlined is run by the graph, and its hooks see nothing."""
+    for module, calls in ((blocks(), 1), (fx.symbolic_trace(blocks()), 0), (extract(blocks(), BLOCKS), 0)):
+        fired: List[str] = []
+        for path in ("0", "0.first"):
+            module.get_submodule(path).register_forward_hook(lambda *_, path=path, fired=fired: fired.append(path))
+        module(X)
+        assert fired == ["0.first"] + ["0"] * calls
+
+
+def copy_of_values(model: nn.Module) -> nn.Module:
+    new = blocks()
+    new.load_state_dict(model.state_dict())
+    return new
+
+
+# --- what torch cannot do ---
+
+
+class Tries(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x + 1
+        finally:
+            pass
+
+
+class Decides(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Keyed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> Dict[str, Any]:
+        return {"key": self.module(x)}
+
+
+class Eigenvalues(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x[:4]).abs()
+
+
+def holding(part: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), part), nn.Linear(4, 2))
+
+
+class Limit(NamedTuple):
+    """What is tried with a model and a file, on a model whose part ``0`` is what the extractor keeps."""
+
+    attempt: Callable[[nn.Module, Path], Any]
+    model: Callable[[], nn.Module]
+    error: Type[BaseException]
+    message: str
+    reason: str
+
+
+def _weights_only(module: nn.Module, file: Path) -> None:
+    torch.save(module, file)
+    torch.load(file)
+
+
+def _save_tied(module: nn.Module, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(module.state_dict(), file)
+
+
+def _stack(module: nn.Module, file: Path) -> None:
+    graph = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
+    torch.func.stack_module_state([graph, copy.deepcopy(graph)])
+
+
+def _shard_a_container(module: nn.Module, file: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    graph = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for part in (graph.get_submodule("0"), graph):
+            fully_shard(part, mesh=mesh)
+        graph(X)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _pruned_then_copied(module: nn.Module, file: Path) -> None:
+    prune.l1_unstructured(module.get_submodule("0.0"), "weight", amount=0.5)
+    copy.deepcopy(module)
+
+
+def _parametrized_then_pickled(module: nn.Module, file: Path) -> None:
+    parametrizations.weight_norm(module.get_submodule("0.0"))
+    pickle.dumps(module)
+
+
+LIMITS: Dict[str, Limit] = {
+    "script_try": Limit(
+        lambda module, file: torch.jit.script(module),
+        holding(Tries()),
+        torch.jit.frontend.UnsupportedNodeError,
+        "try blocks aren't supported",
+        "TorchScript knows no try, and a leaf is compiled as it is written",
+    ),
+    "trace_dict": Limit(
+        lambda module, file: torch.jit.trace(Keyed(module), X),
+        holding(nn.Identity()),
+        RuntimeError,
+        "Encountering a dict at the output of the tracer",
+        "torch.jit.trace takes a dict for a sign of a changing structure; strict=False allows it",
+    ),
+    "export_branch": Limit(
+        lambda module, file: torch.export.export(module, (X,)),
+        holding(Decides()),
+        RuntimeError,
+        "data-dependent",
+        "one graph cannot hold a branch on values",
+    ),
+    "compile_branch": Limit(
+        lambda module, file: torch.compile(module, backend="eager", fullgraph=True)(X),
+        holding(Decides()),
+        torch._dynamo.exc.Unsupported,
+        "Data-dependent branching",
+        "the same for fullgraph=True",
+    ),
+    "export_then_flip": Limit(
+        lambda module, file: torch.export.export(module, (X,)).module().eval(),
+        holding(nn.Dropout()),
+        NotImplementedError,
+        "eval\\(\\) is not supported",
+        "a program has the mode that it was exported in",
+    ),
+    "vmap_batch_norm": Limit(
+        lambda module, file: torch.func.vmap(module.train())(torch.stack([X, X])),
+        holding(nn.BatchNorm1d(4)),
+        RuntimeError,
+        "Batch norm got a batched tensor as input while the running_mean",
+        "vmap cannot write one running mean for many batches",
+    ),
+    "vmap_dropout": Limit(
+        lambda module, file: torch.func.vmap(module.train())(torch.stack([X, X])),
+        holding(nn.Dropout()),
+        RuntimeError,
+        "called random operation while in randomness error mode",
+        "vmap must be told whether random numbers are shared",
+    ),
+    "stack_graph_modules": Limit(
+        _stack,
+        holding(nn.Identity()),
+        RuntimeError,
+        "Expected all models to be of the same class",
+        "each GraphModule has a class of its own, for its own forward; stacking the models themselves works",
+    ),
+    "fsdp_container": Limit(
+        _shard_a_container,
+        holding(nn.Identity()),
+        RuntimeError,
+        "got mixed torch.Tensor and DTensor",
+        "fully_shard gathers weights when a module is called, and a GraphModule calls leaves only: shard those",
+    ),
+    "onnx_eigenvalues": Limit(
+        lambda module, file: torch.onnx.export(module.eval(), (X,), str(file), verbose=False),
+        holding(Eigenvalues()),
+        torch.onnx.errors.OnnxExporterError,
+        "Failed to convert the exported program to an ONNX model",
+        "ONNX has no such operation",
+    ),
+    "load_weights_only": Limit(
+        _weights_only,
+        holding(nn.Identity()),
+        pickle.UnpicklingError,
+        "Weights only load failed",
+        "weights_only=True, the default of torch.load, is for tensors and takes no module of any class",
+    ),
+    "safetensors_tied": Limit(
+        _save_tied,
+        tied,
+        RuntimeError,
+        "Some tensors share memory",
+        "save_file writes each tensor once under one name; save_model is for tied weights",
+    ),
+    "deepcopy_pruned": Limit(
+        _pruned_then_copied,
+        holding(nn.Identity()),
+        RuntimeError,
+        "Only Tensors created explicitly by the user",
+        "pruning leaves a computed tensor, with its gradient graph, as an attribute",
+    ),
+    "pickle_parametrized": Limit(
+        _parametrized_then_pickled,
+        holding(nn.Identity()),
+        RuntimeError,
+        "Serialization of parametrized modules is only supported through state_dict",
+        "parametrized modules have classes made on the fly",
+    ),
+}
+
+
+@pytest.mark.parametrize("on", ["model", "extractor"])
+@pytest.mark.parametrize("name", LIMITS)
+def test_what_torch_cannot_do(extract: Extract, name: str, on: str, tmp_path: Path) -> None:
+    limit = LIMITS[name]
+    module = limit.model()
+    if on == "extractor":
+        query = "1" if limit.model is tied else "0"
+        module = extract(module, query, tracer_kwargs={"leaf_modules": [Tries, Decides]})
+    run(module, X)  # the module is all right
+    torch.compiler.reset()
+    with pytest.raises(limit.error, match=limit.message):
+        limit.attempt(module, tmp_path / "file")
