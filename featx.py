@@ -50,6 +50,7 @@ import math
 import operator
 import os
 import random
+import shutil
 import sys
 import textwrap
 import threading
@@ -1095,9 +1096,12 @@ _IN_PLACE_METHODS = frozenset(
 )
 
 
+_PURE = ("_operator", "math")  # Python modules whose functions, but for those above, change and share nothing
+
+
 def _effects(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Effects:
     """The inputs into whose memory a node writes, and those that its value may share memory with."""
-    if node.op not in ("call_module", "call_function", "call_method"):
+    if node.op not in ("call_module", "call_function", "call_method") or node.target in _ASSERTS:
         return [], []
     inputs = node.all_input_nodes
     if node.op == "call_module":
@@ -1118,7 +1122,7 @@ def _effects(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Eff
         return [], inputs
     aliases = _aliases(_operator_name(node, name))
     if aliases is None:
-        return _opaque(root, node)
+        return _opaque(root, node) if getattr(node.target, "__module__", "") not in _PURE else ([], [])
     arguments: Dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     writes, views = (_nodes_in(arguments[at] for at in alias if at in arguments) for alias in aliases)
     return writes, views
@@ -1804,25 +1808,25 @@ def _holds_the_same(value: Any, saved: Any) -> bool:
 
 
 def _main(arguments: Optional[Sequence[str]] = None) -> int:
-    """``python -m featx``; gives the exit code."""
+    """``python -m featx``; gives the exit code: 0, 1 if ``--check`` finds a difference, 2 for wrong input."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
-    try:
-        sys.path.insert(0, os.getcwd())
-        torch.manual_seed(0)  # for the weights of a model that is built without any
-        model = _build(options.model, options.kwargs)
-        model.train(options.train)
-        image = _read_image(options.image) if options.image else None
-        inputs = torch.rand(*options.input) if options.input else image
-        if options.queries:
-            print(_features(model, options.queries, inputs, options.auto_leaf), flush=True)
-        else:
-            print(_table(model, inputs, options.auto_leaf), flush=True)
-    except BrokenPipeError:  # whoever read this has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    except Exception as error:  # the model is anybody's code and may raise anything
-        parser.error(" ".join(f"{error}".split()) or type(error).__name__)
-    return 0
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            _check_options(options)
+            sys.path.insert(0, os.getcwd())
+            code, text = _run(options)
+            _print(text)
+        except BrokenPipeError:  # whoever read this has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            return 0
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:  # the model is anybody's code and may raise anything
+            parser.error(_in_one_line(error) or type(error).__name__)
+    for warning in caught:
+        print(f"featx: warning: {_in_one_line(warning.message)}", file=sys.stderr)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1834,12 +1838,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("featx", description="List the nodes of a model, or compute the values of some of them.")
     parser.add_argument("model", metavar="PACKAGE.MODULE:CALLABLE", help="what builds the model")
     parser.add_argument("queries", nargs="*", metavar="QUERY[=KEY]", help="the nodes to compute; none: list them all")
-    parser.add_argument("--kwargs", type=_json_object, default={}, metavar="JSON", help="arguments of the callable")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--image", metavar="FILE", help="compute on a photograph")
-    source.add_argument("--input", type=_shape, metavar="1,3,224,224", help="compute on random input of this shape")
-    parser.add_argument("--train", action="store_true", help="use train mode in place of eval mode")
-    parser.add_argument("--auto-leaf", action="store_true", help="make leaves of the classes that cannot be traced")
+    group = parser.add_argument_group("the model")
+    group.add_argument("--kwargs", type=_json_object, default={}, metavar="JSON", help="arguments of the callable")
+    group.add_argument("--checkpoint", metavar="FILE", help="load this state dict (with weights_only=True)")
+    group.add_argument("--device", default="cpu", help="where to compute, such as cuda; the default is cpu")
+    group.add_argument("--train", action="store_true", help="use train mode in place of eval mode")
+    group.add_argument("--exact", action="store_true", help="give what each module or operation itself returned")
+    group.add_argument("--auto-leaf", action="store_true", help="make leaves of the classes that cannot be traced")
+    group = parser.add_argument_group("the input")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--image", metavar="FILE", help="a photograph, prepared as for torchvision's classifiers")
+    source.add_argument("--input", type=_shape, metavar="1,3,224,224", help="random numbers in this shape")
+    group = parser.add_argument_group("the output")
+    group.add_argument("--json", action="store_true", help="for machines: the names of both modes, or the features")
+    group.add_argument("--check", metavar="FILE", help="compare the names with such a file; exit with 1 if they differ")
+    group.add_argument("--save", metavar="FILE.pt", help="save the extractor with torch.save")
+    group.add_argument("--plot", metavar="FILE.png", help="draw the features")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -1861,6 +1875,38 @@ def _shape(text: str) -> List[int]:
         raise argparse.ArgumentTypeError(f"takes sizes such as 1,3,224,224, not {text!r}") from None
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse what does not go together before anything takes time."""
+    has_input = bool(options.image or options.input)
+    if options.queries and options.check:
+        raise ValueError("--check compares all names and takes no queries")
+    if options.queries and not (has_input or options.save):
+        raise ValueError("computing features needs --image FILE or --input SHAPE")
+    for option in ("save", "plot"):
+        if getattr(options, option) and not options.queries:
+            raise ValueError(f"--{option} needs at least one query")
+    if options.plot and not has_input:
+        raise ValueError("--plot needs --image FILE or --input SHAPE")
+
+
+def _run(options: argparse.Namespace) -> Tuple[int, str]:
+    """The exit code and what is to be printed."""
+    with _progress("building the model"):
+        torch.manual_seed(0)  # for the weights of a model that is built without any
+        model = _build(options.model, options.kwargs)
+        if options.checkpoint:
+            _load_checkpoint(model, options.checkpoint)
+        model.to(options.device).train(options.train)
+        image = _read_image(options.image) if options.image else None
+        inputs = torch.rand(*options.input) if options.input else image
+        inputs = None if inputs is None else inputs.to(options.device)
+    if options.queries:
+        return 0, _features(model, inputs, options)
+    if options.check or options.json:
+        return _names(model, options)
+    return 0, _table(model, inputs, options)
+
+
 def _build(name: str, kwargs: Dict[str, Any]) -> nn.Module:
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -1872,6 +1918,14 @@ def _build(name: str, kwargs: Dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} gives {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _load_checkpoint(model: nn.Module, path: str) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        keys = f" with the keys {_shorten(list(map(str, state)))}" if isinstance(state, Mapping) else ""
+        raise ValueError(f"{path} holds a {type(state).__name__}{keys}; --checkpoint takes a state dict")
+    model.load_state_dict(state)
 
 
 def _read_image(path: str) -> torch.Tensor:
@@ -1892,45 +1946,166 @@ def _read_image(path: str) -> torch.Tensor:
     return ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
-def _features(model: nn.Module, queries: Sequence[str], inputs: Optional[torch.Tensor], auto_leaf: bool) -> str:
-    if inputs is None:
-        raise ValueError("computing features needs --image FILE or --input SHAPE")
+def _features(model: nn.Module, inputs: Optional[torch.Tensor], options: argparse.Namespace) -> str:
+    """The features' keys, shapes, dtypes and statistics; saves the extractor and draws the features if asked to."""
     return_nodes: Dict[str, str] = {}
-    for query, _, key in (given.partition("=") for given in queries):
+    for query, _, key in (given.partition("=") for given in options.queries):
         if query in return_nodes:
             raise ValueError(f"the query {query!r} was given twice")
         return_nodes[query] = key or query
-    queries_by_mode = (return_nodes, []) if model.training else ([], return_nodes)
-    extractor = create_feature_extractor(model, None, *queries_by_mode, suppress_diff_warning=True, auto_leaf=auto_leaf)
-    with torch.no_grad():
-        features = extractor(inputs)
-    rows = [("key", "shape", "dtype", "mean", "std", "min", "max")]
-    for key, value in features.items():
-        if not isinstance(value, torch.Tensor):
-            rows.append((key, type(value).__name__, "", "", "", "", ""))
-            continue
-        shape, dtype = "x".join(map(str, value.shape)) or "scalar", str(value.dtype).replace("torch.", "")
-        value = value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value
-        numbers = value.double() if value.numel() else torch.tensor(math.nan)
-        statistics = (numbers.mean(), numbers.std(unbiased=False), numbers.min(), numbers.max())
-        rows.append((key, shape, dtype, *(f"{number:.4g}" for number in statistics)))
-    return _align(rows)
+    with _progress("tracing"):
+        extractor = _extractor(model, return_nodes, options)
+    if options.save:
+        torch.save(extractor, options.save)
+    if inputs is None:
+        return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
+    with _progress("computing"), torch.no_grad():
+        features = dict(itertools.chain.from_iterable(_items(key, value) for key, value in extractor(inputs).items()))
+    if options.plot:
+        _plot(features, options.plot)
+    found = [_statistics(key, value) for key, value in features.items()]
+    if options.json:
+        return "[\n{}\n]".format(",\n".join(map(json.dumps, found)))
+    header = ("key", "shape", "dtype", "mean", "std", "min", "max")
+    return _align([header, *([_cell(statistics.get(column)) for column in header] for statistics in found)])
 
 
-def _table(model: nn.Module, inputs: Optional[torch.Tensor], auto_leaf: bool) -> str:
+def _extractor(model: nn.Module, return_nodes: Dict[str, str], options: argparse.Namespace) -> nn.Module:
+    """An extractor for both modes; where the other mode lacks a query, for the one that is asked for."""
+
+    def create(train: ReturnNodes, evaluation: ReturnNodes) -> nn.Module:
+        return create_feature_extractor(
+            model, None, train, evaluation, None, True, exact=options.exact, auto_leaf=options.auto_leaf
+        )
+
+    mode = "train" if options.train else "eval"
+    try:
+        return create(return_nodes, return_nodes)
+    except NodeNameError as error:
+        if error.mode == mode:
+            raise
+    if options.save:
+        _warn(f"what was saved returns features in {mode} mode only: the other mode lacks some of the queries")
+    return create(return_nodes, []) if options.train else create([], return_nodes)
+
+
+def _items(key: str, value: Any) -> Iterator[Tuple[str, Any]]:
+    """A feature, or what is inside of one that is nested, under its key and place."""
+    if isinstance(value, Mapping):
+        pairs: Iterable[Tuple[Any, Any]] = value.items()
+    elif isinstance(value, (list, tuple)):
+        pairs = enumerate(value)
+    else:
+        yield key, value
+        return
+    for place, item in pairs:
+        yield from _items(f"{key}[{place}]", item)
+
+
+def _statistics(key: str, value: Any) -> Dict[str, Any]:
+    if not isinstance(value, torch.Tensor):
+        return {"key": key, "value": str(value)}
+    row: Dict[str, Any] = {"key": key, "shape": list(value.shape), "dtype": str(value.dtype).replace("torch.", "")}
+    value = value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value
+    numbers = value.double() if value.numel() else torch.tensor(math.nan)
+    found = {"mean": numbers.mean(), "std": numbers.std(unbiased=False), "min": numbers.min(), "max": numbers.max()}
+    row.update((name, float(number) if number.isfinite() else None) for name, number in found.items())
+    return row
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(str, value)) or "scalar"
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _plot(features: Dict[str, Any], path: str) -> None:
+    """Draw for each feature of the first input up to eight maps; vectors as curves, other values not at all."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: python3 -m pip install matplotlib") from None
+    maps = {
+        key: _maps(value[0]) for key, value in features.items() if isinstance(value, torch.Tensor) and value.dim() > 1
+    }
+    if not maps:
+        raise ValueError("--plot has nothing to draw: no feature has a batch dimension and another one")
+    figure = Figure(figsize=(9, 1.3 * len(maps)), layout="constrained")
+    for row, (key, drawn) in zip(figure.subplots(len(maps), 8, squeeze=False), maps.items()):
+        row[0].set_title(key, loc="left", fontsize=8)
+        for axes, values in itertools.zip_longest(row, drawn):
+            axes.set_axis_off()
+            if values is not None and values.dim() == 2:
+                axes.imshow(values, aspect="equal" if values.shape[0] == values.shape[1] else "auto")
+            elif values is not None:
+                axes.plot(values, linewidth=0.5)
+    figure.savefig(path, dpi=150)
+
+
+def _maps(value: torch.Tensor) -> List[torch.Tensor]:
+    """Up to eight pictures of one input's feature: channels, the middle frame of a video, or all of a matrix."""
+    value = (value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value).float().cpu()
+    while value.dim() > 3:
+        value = value[:, value.shape[1] // 2]
+    if value.dim() < 3:
+        return [value]
+    if value.shape[0] == value.shape[1] != value.shape[2]:  # such as Swin's, whose channels come last
+        value = value.permute(2, 0, 1)
+    return list(value[:8])
+
+
+def _names(model: nn.Module, options: argparse.Namespace) -> Tuple[int, str]:
+    """The names of both modes as JSON, or how they differ from those in a file."""
+    with _progress("tracing"):
+        names = get_graph_node_names(model, None, True, exact=options.exact, auto_leaf=options.auto_leaf)
+    found = {"model": options.model, "exact": options.exact, **names._asdict()}
+    if not options.check:
+        return 0, json.dumps(found, indent=1)
+    with open(options.check, encoding="utf-8") as file:
+        expected = json.load(file)
+    if not isinstance(expected, dict) or not all(isinstance(expected.get(mode), list) for mode in names._fields):
+        raise ValueError(f"{options.check} holds no names; --json writes such a file")
+    if bool(expected.get("exact")) != options.exact:
+        raise ValueError(f"{options.check} was written with{'out' if options.exact else ''} --exact")
+    lines: List[str] = []
+    for mode in names._fields:
+        old, new = list(map(str, expected[mode])), found[mode]
+        lines += difflib.unified_diff(
+            old, new, f"{mode}: {options.check}", f"{mode}: {options.model}", n=1, lineterm=""
+        )
+    return bool(lines), "\n".join(lines) or f"all names are those of {options.check}"
+
+
+def _table(model: nn.Module, inputs: Optional[torch.Tensor], options: argparse.Namespace) -> str:
     """All nodes: name, operation, module class or function, shape where there is an input, notes."""
-    with _unchanged(model) as keeper:
-        tracers = _trace_both(keeper, model, auto_leaf=auto_leaf)
-        mode, other = ("train", "eval") if model.training else ("eval", "train")
+    with _progress("tracing"), _unchanged(model) as keeper:
+        tracers = _trace_both(keeper, model, exact=options.exact, auto_leaf=options.auto_leaf)
+        notes = {mode: _notes(tracer) for mode, tracer in tracers.items()}
+    mode, other = ("train", "eval") if options.train else ("eval", "train")
+    with _progress("computing"):
         shapes = _shapes(model, tracers[mode], inputs)
     rows = [("name", "operation", "target", "shape", "note")]
     for shown, compared in ((mode, other), (other, mode)):
         elsewhere = set(tracers[compared].names)
         for node, name in tracers[shown].node_to_qualname.items():
-            note = "" if name in elsewhere else f"{shown} only"
-            if shown == mode or note:
+            if shown == mode or name not in elsewhere:
+                note = ", ".join(([] if name in elsewhere else [f"{shown} only"]) + notes[shown].get(node, []))
                 rows.append((name, node.op, _target_name(model, node), shapes.get(node, ""), note))
     return _align(rows)
+
+
+def _notes(tracer: NodePathTracer) -> Dict[fx.Node, List[str]]:
+    """What each node really is and what overwrites it, if all are asked for; nothing with exact=True."""
+    notes: Dict[fx.Node, List[str]] = collections.defaultdict(list)
+    if tracer._exact:
+        return notes
+    names = tracer.node_to_qualname
+    for node, name in names.items():
+        if _misleads(tracer, name, node):
+            notes[node].append(f"really {_described(tracer, node)}".replace(" the ", " "))
+    for (node, _), writer in _plan(tracer, [_Feature(node, node) for node in names]).overwritten.items():
+        notes[node].append(f"overwritten by {names[writer]}")
+    return notes
 
 
 def _target_name(model: nn.Module, node: fx.Node) -> str:
@@ -1947,8 +2122,13 @@ def _shapes(model: nn.Module, tracer: NodePathTracer, inputs: Optional[torch.Ten
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if isinstance(value, torch.Tensor):
-                shapes[n] = "x".join(map(str, value.shape)) or "scalar"
+                shapes[n] = _cell(list(value.shape))
             return value
+
+        def call_function(self, target: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+            # The lists of a graph refuse to be changed, which some functions of torchvision try.
+            plain = (list(value) if isinstance(value, list) else value for value in args)
+            return super().call_function(target, tuple(plain), kwargs)
 
     if inputs is not None:
         with torch.no_grad():
@@ -1957,9 +2137,57 @@ def _shapes(model: nn.Module, tracer: NodePathTracer, inputs: Optional[torch.Ten
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns; on a terminal they fit its width, and the header stands out."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    if sys.stdout.isatty():
+        free = shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
+        while sum(widths) > free and max(widths) > 8:
+            widths[max(range(len(widths)), key=lambda column: widths[column] / (1 if column else 2))] -= 1
+    lines = ["  ".join(_fit(cell, width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        lines[0] = f"\033[1m{lines[0]}\033[0m"
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    sys.exit(_main())
+def _fit(cell: str, width: int) -> str:
+    if len(cell) > width:
+        cell = f"{cell[: width // 2 - 1]}…{cell[-(width - width // 2) :]}"  # both ends of a path matter
+    return cell.ljust(width)
+
+
+def _print(text: str) -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # names may have characters that the encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text, flush=True)
+
+
+def _in_one_line(message: Any) -> str:
+    return " ".join(f"{message}".split())
+
+
+@contextlib.contextmanager
+def _progress(doing: str) -> Iterator[None]:
+    """On a terminal, say on stderr what takes longer than two seconds."""
+    done = threading.Event()
+
+    def show() -> None:
+        for seconds in itertools.count(2):
+            if done.wait(2 if seconds == 2 else 1):
+                break
+            print(f"\r{doing} … {seconds} s", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident is not None:
+            thread.join()
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":  # under its own name, so that what it saves can be loaded
+    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    sys.exit(importlib.import_module(_name)._main())

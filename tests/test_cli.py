@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
+from typing import Any, List, Tuple
 
 import pytest
 import torch
@@ -61,7 +70,7 @@ def test_table_with_shapes_and_notes() -> None:
     table = rows(run("torchvision.models:googlenet", *options))
     shapes = {row[0]: row[3] for row in table[1:] if len(row) == 4}
     assert shapes["conv1.conv"] == "1x64x32x32"
-    notes = {row[0] for row in table if row[-2:] == ["train", "only"]}
+    notes = {row[0] for row in table if row[-2:] == ["train", "only"] or ["train", "only,"] in (row[3:5], row[4:6])}
     names = featx.get_graph_node_names(torchvision.models.googlenet(init_weights=False), suppress_diff_warning=True)
     assert notes == set(names.train) - set(names.eval)
     table = rows(run("torchvision.models:googlenet", "--train", "--kwargs", '{"init_weights": false}'))
@@ -84,6 +93,19 @@ def test_features_of_one_mode_only() -> None:
         (["torch:__version__"], "no callable"),
         (["builtins:dict"], "gives dict, not a torch.nn.Module"),
         (["torchvision.models:resnet18", "layer1"], "needs --image FILE or --input"),
+        (["torchvision.models:resnet18", "layer1", "--check", "x"], "--check compares all names and takes no queries"),
+        (["torchvision.models:resnet18", "--save", "x"], "--save needs at least one query"),
+        (["torchvision.models:resnet18", "--plot", "x"], "--plot needs at least one query"),
+        (
+            ["torchvision.models:resnet18", "layer1", "--save", "x", "--plot", "y"],
+            "--plot needs --image FILE or --input",
+        ),
+        (["torchvision.models:resnet18", "layer1", "layer1=b", "--input", "1,3,64,64"], "was given twice"),
+        (["torchvision.models:resnet18", "layer1=a", "layer2=a", "--input", "1,3,64,64"], "under the key 'a'"),
+        (["torchvision.models:resnet18", "--check", "nowhere.json"], "nowhere.json"),
+        (["torchvision.models:resnet18", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
+        (["torchvision.models:resnet18", "--device", "abacus"], "abacus"),
+        (["torchvision.models:resnet18", "layer1", "--save", "no/where.pt"], "no"),
         (["torchvision.models:resnet18", "layr1", "--input", "1,3,64,64"], "The closest: 'layer1'"),
         (["torchvision.models:resnet18", "layer1", "--image", "nowhere.jpg"], "nowhere.jpg"),
         (["torchvision.models:resnet18", "layer1", "--image", "featx.py"], "cannot identify image file"),
@@ -139,3 +161,263 @@ def test_a_reader_that_has_seen_enough() -> None:
 def test_help_and_version() -> None:
     assert run("--version").stdout.strip() == featx.__version__
     assert "PACKAGE.MODULE:CALLABLE" in run("--help").stdout
+
+
+# --- all options ---
+
+
+def test_check_and_json(tmp_path: Path) -> None:
+    names = tmp_path / "names.json"
+    done = run("torchvision.models:resnet18", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    names.write_text(done.stdout)
+    expected = featx.get_graph_node_names(torchvision.models.resnet18())
+    assert json.loads(done.stdout) == {
+        "model": "torchvision.models:resnet18",
+        "exact": False,
+        "train": expected.train,
+        "eval": expected.eval,
+    }
+    done = run("torchvision.models:resnet18", "--check", str(names))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"all names are those of {names}\n"
+    done = run("torchvision.models:resnet34", "--check", str(names))
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"--- train: {names}", "+++ train: torchvision.models:resnet34"]
+    assert f"--- eval: {names}" in lines
+    assert "+layer1.2.conv1" in lines
+    assert not [line for line in lines if line.startswith("-") and not line.startswith("---")]
+    done = run("torchvision.models:resnet18", "--check", str(names), "--exact")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"featx: error: {names} was written without --exact\n"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"train": []}', "\x00"])
+def test_check_against_something_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(content)
+    done = run("torchvision.models:resnet18", "--check", str(tmp_path / "names.json"))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+def test_exact_and_json_of_features() -> None:
+    arguments = ["torchvision.models:resnet18", "bn1", "relu", "--input", "1,3,64,64", "--json"]
+    default, exact = run(*arguments), run(*arguments, "--exact")
+    assert "featx: warning: the feature 'bn1' is overwritten in place by the module 'relu'" in default.stderr
+    assert (len(default.stderr.splitlines()), exact.stderr) == (1, "")
+    bn1, relu = json.loads(exact.stdout)
+    assert (bn1["key"], bn1["shape"], bn1["dtype"]) == ("bn1", [1, 64, 32, 32], "float32")
+    assert bn1["min"] < 0 == relu["min"]
+    assert json.loads(default.stdout)[0]["min"] == 0
+
+
+def test_structures_are_shown_item_by_item() -> None:
+    options = ["--kwargs", '{"init_weights": false}', "--input", "2,3,64,64", "--train"]
+    done = run("torchvision.models:googlenet", "output", *options, "--exact")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["key", "output[0]", "output[1]", "output[2]"]
+
+
+def test_notes() -> None:
+    done = run("torchvision.models:vit_b_32")
+    notes = dict(re.findall(r"^(\S+) .*? (really .*|overwritten .*)$", done.stdout, re.MULTILINE))
+    first = "encoder.layers.encoder_layer_0"
+    assert notes[f"{first}.ln_1"] == f"really module '{first}.ln_2'"
+    assert len(notes) == 12
+    done = run("torchvision.models:resnet18")
+    notes = dict(re.findall(r"^(\S+) .*? (overwritten by .*)$", done.stdout, re.MULTILINE))
+    assert notes["layer1.0.bn1"] == "overwritten by layer1.0.relu"
+    assert "layer1.0.relu" not in notes
+    for model in ("vit_b_32", "resnet18"):
+        assert not re.search("really|overwritten", run(f"torchvision.models:{model}", "--exact").stdout)
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18(num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    options = ["torchvision.models:resnet18", "fc", "--input", "1,3,64,64", "--json"]
+    loaded = run(*options, "--kwargs", '{"num_classes": 10}', "--checkpoint", str(tmp_path / "state.pt"))
+    torch.manual_seed(0)
+    torchvision.models.resnet18(num_classes=10)  # as the command builds its own before it draws the input
+    expected = model.eval()(torch.rand(1, 3, 64, 64))
+    assert json.loads(loaded.stdout)[0]["mean"] == pytest.approx(float(expected.detach().mean()), rel=1e-4)
+
+
+class Hostile:
+    """Runs code when it is unpickled in the usual way."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("owned"),)
+
+
+def test_checkpoints_that_are_none(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18()
+    contents = {
+        "model": (model, "Weights only load failed"),
+        "hostile": (Hostile(), "Weights only load failed"),
+        "nested": ({"state_dict": model.state_dict(), "epoch": 3}, "holds a dict with the keys state_dict, epoch;"),
+        "list": ([1], "holds a list; --checkpoint takes a state dict"),
+        "other": (torchvision.models.alexnet().state_dict(), "Error(s) in loading state_dict for ResNet"),
+    }
+    for name, (content, message) in contents.items():
+        torch.save(content, tmp_path / name)
+        done = run("torchvision.models:resnet18", "--checkpoint", str(tmp_path / name))
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), name
+        assert message in done.stderr
+    assert not (ROOT / "owned").exists()
+
+
+def test_save(tmp_path: Path) -> None:
+    file = tmp_path / "extractor.pt"
+    done = run("torchvision.models:resnet18", "layer1", "layer2=deep", "--save", str(file), "--train")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"saved as {file}; load it with torch.load('{file}', weights_only=False)\n"
+    load = f"import torch; e = torch.load({str(file)!r}, weights_only=False)"
+    code = f"{load}; print(e.training, *e(torch.rand(2, 3, 64, 64)))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (loaded.stdout, loaded.stderr) == ("True layer1 deep\n", "")
+    # run as a file, and with an input at once
+    arguments = ["torchvision.models:resnet18", "layer1", "--save", str(file), "--input", "1,3,64,64"]
+    done = subprocess.run([sys.executable, "featx.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1].split()[:2] == ["layer1", "1x64x16x16"]
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert loaded.stdout == "False layer1\n"
+
+
+def test_what_is_saved_for_one_mode_only(tmp_path: Path) -> None:
+    options = ["--kwargs", '{"init_weights": false}', "--train", "--save", str(tmp_path / "extractor.pt")]
+    done = run("torchvision.models:googlenet", "aux1", *options)
+    assert done.returncode == 0
+    assert "featx: warning: what was saved returns features in train mode only" in done.stderr
+
+
+def test_plot(tmp_path: Path) -> None:
+    from PIL import Image
+
+    file = tmp_path / "maps.png"
+    done = run("torchvision.models:swin_t", "--image", str(PHOTOGRAPH), "features.1", "head", "--plot", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 3
+    with Image.open(file) as drawn:
+        colours = drawn.convert("RGB").getcolors(2**20)
+        assert drawn.width > drawn.height > 100
+    assert len(colours) > 100
+    done = run("torchvision.models:resnet18", "x", "--input", "1,3,64,64", "--plot", str(tmp_path / "no" / "maps.png"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_maps_of_all_shapes() -> None:
+    def shapes(*size: int, **options: Any) -> List[Tuple[int, ...]]:
+        return [tuple(drawn.shape) for drawn in featx._maps(torch.zeros(*size, **options))]
+
+    assert shapes(64, 7, 5) == [(7, 5)] * 8
+    assert shapes(3, 7, 5) == [(7, 5)] * 3
+    assert shapes(7, 7, 96) == [(7, 7)] * 8
+    assert shapes(64, 4, 7, 5) == [(7, 5)] * 8
+    assert shapes(50, 768) == [(50, 768)]
+    assert shapes(10, dtype=torch.complex64) == [(10,)]
+    assert shapes(3, 2, 2, dtype=torch.bool) == [(2, 2)] * 3
+
+
+@pytest.mark.parametrize(("package", "option"), [("matplotlib", "--plot"), ("PIL", "--image")])
+def test_what_is_not_installed(package: str, option: str) -> None:
+    absent = f"import sys; sys.modules.update({{'{package}': None, '{package}.figure': None}})"
+    arguments = {"--plot": ["--input", "2,4", "--plot", "x.png"], "--image": ["--image", "x.jpg"]}[option]
+    command = [
+        sys.executable,
+        "-c",
+        f"{absent}; import featx; featx._main()",
+        "torch.nn:Identity",
+        "output",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"featx: error: {option} needs \w+: python3 -m pip install \w+\n", done.stderr)
+
+
+def test_device() -> None:
+    done = run("torchvision.models:resnet18", "conv1", "--input", "1,3,64,64", "--device", "meta")
+    assert done.returncode == 2  # a real device of torch, without values for statistics
+    if torch.cuda.is_available():
+        table = rows(run("torchvision.models:resnet18", "conv1", "--input", "1,3,64,64", "--device", "cuda"))
+        assert table[1][:2] == ["conv1", "1x64x32x32"]
+    else:
+        done = run("torchvision.models:resnet18", "--device", "cuda")
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert "CUDA" in done.stderr or "NVIDIA" in done.stderr
+
+
+def test_warnings_of_others_are_one_line_each(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "import warnings\nfrom torch import nn\n"
+        "def model(fail=False):\n"
+        "    warnings.warn('two\\nlines')\n"
+        "    if fail: raise RuntimeError('three\\nmore\\nlines')\n"
+        "    return nn.Sequential(nn.ReLU())\n"
+    )
+    command = [sys.executable, str(ROOT / "featx.py"), "noisy:model"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "featx: warning: two lines\n")
+    done = subprocess.run([*command, "--kwargs", '{"fail": true}'], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "featx: error: three more lines\n")
+
+
+def test_names_that_the_encoding_lacks(tmp_path: Path) -> None:
+    (tmp_path / "letters.py").write_text(
+        "from torch import nn\n"
+        "def model():\n    net = nn.Sequential()\n    net.add_module('\\u03b1', nn.ReLU())\n    return net\n"
+    )
+    command = [sys.executable, str(ROOT / "featx.py"), "letters:model"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u03b1" in done.stdout
+
+
+# --- on a terminal ---
+
+
+def on_a_terminal(arguments: List[str], columns: int = 80, cwd: Path = ROOT, **environment: str) -> str:
+    """What a person sees in a terminal of this width."""
+    child, descriptor = pty.fork()
+    if child == 0:
+        os.chdir(cwd)
+        os.environ.update({"TERM": "xterm", **environment})
+        os.execv(sys.executable, [sys.executable, str(ROOT / "featx.py"), *arguments])
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while chunk := os.read(descriptor, 65536):
+            seen += chunk
+    os.close(descriptor)
+    assert os.waitpid(child, 0)[1] == 0, seen
+    return seen.decode()
+
+
+def test_tables_fit_the_terminal_and_have_a_bold_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    seen = on_a_terminal(["torchvision.models:resnet18"], 60)
+    lines = seen.split("\033[K")[-1].replace("\r", "").splitlines()  # without the progress on a slow machine
+    assert re.search(r"\033\[1mname +operation +target +shape +note\033\[0m", lines[0])
+    plain = [re.sub(r"\033\[\d*[mK]", "", line) for line in lines]
+    assert max(map(len, plain)) <= 60
+    assert any("…" in line for line in plain)
+    assert len(plain) == 1 + len(featx.get_graph_node_names(torchvision.models.resnet18()).eval)
+    wide = on_a_terminal(["torchvision.models:resnet18"], 200)
+    assert "…" not in wide
+    for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert "\033[1m" not in on_a_terminal(["torchvision.models:resnet18"], **environment)
+    assert "\033[" not in run("torchvision.models:resnet18").stdout
+
+
+def test_progress_is_shown_after_two_seconds_and_wiped_away(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom torch import nn\ndef model():\n    time.sleep(3.5)\n    return nn.Sequential(nn.ReLU())\n"
+    )
+    seen = on_a_terminal(["slow:model"], cwd=tmp_path)
+    assert re.search(r"\rbuilding the model … 2 s.*\r\033\[K", seen)
+    assert "tracing …" not in seen
+    command = [sys.executable, str(ROOT / "featx.py"), "slow:model"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr == ""

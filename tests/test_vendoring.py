@@ -59,7 +59,11 @@ def test_the_file_imports_the_standard_library_and_torch() -> None:
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).split(".")[0])
-    assert imported - set(sys.stdlib_module_names) == {"torch", "PIL"}  # PIL where --image is given, not before
+    assert imported - set(sys.stdlib_module_names) == {
+        "torch",
+        "PIL",
+        "matplotlib",
+    }  # where --image and --plot are given
     assert "torchvision" not in imported
 
 
