@@ -83,6 +83,7 @@ from torch import fx, nn
 # Private to torch; tried on 1.13.1 and 2.14.1.
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import _get_qualified_name, map_aggregate
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_unflatten
 
@@ -327,6 +328,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         self.node_to_qualname: Dict[fx.Node, str] = {}
         self._exact = exact
         self._training = False
+        self._paths: Set[str] = set()
         self._scope = ""
         self._namer = _Namer()
         self._returned: Dict[str, _Feature] = {}  # what the calls of modules returned, in that order
@@ -343,8 +345,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._thread = threading.get_ident()
         if isinstance(root, nn.Module):
             self._training = root.training
-            paths = [path for path, _ in root.named_modules(remove_duplicate=False) if path]
-            self._namer = _Namer(paths if self._exact else ())
+            self._paths = {path for path, _ in root.named_modules(remove_duplicate=False) if path}
+            self._namer = _Namer(self._paths if self._exact else ())
         return super().trace(root, concrete_args)
 
     def call_module(
@@ -373,7 +375,12 @@ class NodePathTracer(LeafModuleAwareTracer):
 
     def _as_returned(self, value: Any) -> "_Feature":
         after = next(iter(reversed(self.graph.nodes)), None)
-        return _Feature(_map_nested(lambda item: item.node if isinstance(item, fx.Proxy) else item, value), after)
+        if isinstance(value, fx.Proxy) and not isinstance(value, fx.proxy.Attribute):
+            return _Feature(value.node, after)
+        if self._exact:  # as it is now, since the model may go on to change it
+            with contextlib.suppress(Exception):  # which classes of anybody's may raise
+                value = _map_nested(lambda item: item, value)
+        return _Feature(value, after)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
         """Record the use of a parameter."""
@@ -718,7 +725,7 @@ _Read = Tuple[fx.Node, fx.Node]
 class _Feature(NamedTuple):
     """A value that can be asked for."""
 
-    value: Any  # a node, or nodes and constants in the structure that a module returned
+    value: Any  # a node, or what a module returned: proxies, nodes and constants in its own structure
     after: Optional[fx.Node]  # the node after which it is there; None if it is there from the start
 
     @property
@@ -728,9 +735,7 @@ class _Feature(NamedTuple):
             return []
         if self.after.op == "output":
             return [(self.after, self.after)]
-        items: List[Any] = []
-        _map_nested(items.append, self.value)
-        return [(node, self.after) for node in _nodes_in(items)]
+        return [(node, self.after) for node in _nodes_in(_leaves(self.value))]
 
 
 def _find_features(tracers: Dict[str, NodePathTracer], mode: str, queries: Iterable[str]) -> Dict[str, _Feature]:
@@ -778,7 +783,7 @@ def _warn_hazards(
             texts = []
             if not tracer._exact and _misleads(tracer, query, feature.value):
                 texts.append(
-                    f"is the value of {_described(tracer, feature.value)}, not what the module {query!r} returns"
+                    f"is the value of {_described(tracer, feature.value, query)}, not what the module {query!r} returns"
                 )
             if query in overwritten[mode]:
                 texts.append(f"is overwritten in place by {_described(tracer, overwritten[mode][query])}")
@@ -789,19 +794,25 @@ def _warn_hazards(
         _warn(f"the feature {query!r} {text}; exact=True gives its own value")
 
 
-def _misleads(tracer: NodePathTracer, query: str, node: fx.Node) -> bool:
+def _misleads(tracer: NodePathTracer, query: str, node: Any) -> bool:
     """Whether a node is not the value of the module whose path its query is."""
     returned = tracer._returned.get(query)
-    if returned is None or returned.value is node:
+    if not isinstance(node, fx.Node):
+        return query in tracer._paths
+    if returned is None:  # the module is not called, or under another path
+        return query in tracer._paths and tracer.node_to_qualname.get(node) == query
+    if returned.value is node:
         return False
-    # An operation in place gives back what it wrote into, so it may be either of two nodes.
-    same = returned.value in _effects(tracer.root, node)[0]
+    # An operation in place gives back what it wrote into, so a module that ends with one returns either of two nodes.
+    same = returned.after is node and returned.value in _effects(tracer.root, node)[0]
     return not same or node.target in (operator.setitem, operator.delitem)
 
 
-def _described(tracer: NodePathTracer, node: fx.Node) -> str:
+def _described(tracer: NodePathTracer, node: Any, query: str = "") -> str:
+    if not isinstance(node, fx.Node):
+        return "the model's own output"
     if node.op == "call_module":
-        return f"the module {str(node.target)!r}"
+        return f"{'a later call of' * (node.target == query)} the module {str(node.target)!r}".strip()
     return f"the operation {tracer.node_to_qualname.get(node, node.name)!r}"
 
 
@@ -956,19 +967,23 @@ def _prune(tracer: NodePathTracer, features: Dict[str, _Feature], keys: Dict[str
 
 
 def _with_constants(tracer: NodePathTracer, query: str, feature: _Feature) -> _Feature:
-    """The same feature, in which tensors that a module returned as they are, such as buffers, are nodes."""
+    """The same feature, in which proxies are nodes, and so are tensors that a module returned as they are."""
     if isinstance(feature.value, fx.Node) or feature.after is not None and feature.after.op == "output":
         return feature
-    following = feature.after.next if feature.after else next(iter(tracer.graph.nodes))
+    graph = tracer.graph
+    following = feature.after.next if feature.after else next(iter(graph.nodes))
 
     def as_argument(item: Any) -> Any:
+        if isinstance(item, fx.proxy.Attribute):  # has no node before it is used, and then one that comes too late
+            return graph.call_function(getattr, (as_argument(item.root), item.attr))
         return item if isinstance(item, fx.Node) else tracer.create_arg(item)
 
     try:
-        with tracer.graph.inserting_before(following):
+        with graph.inserting_before(following):
             return _Feature(_map_nested(as_argument, feature.value), following.prev)
-    except NotImplementedError as error:
-        raise ValueError(f"what {query!r} returned cannot be a feature, ask for what is inside: {error}") from error
+    except Exception as error:  # the classes of what is returned are anybody's
+        message = f"what the module {query!r} returned cannot be a feature, ask for what is inside: {error}"
+        raise ValueError(message) from error
 
 
 class _Plan(NamedTuple):
@@ -977,17 +992,30 @@ class _Plan(NamedTuple):
 
 
 def _plan(tracer: NodePathTracer, features: Iterable[_Feature]) -> _Plan:
-    """Find out what must run."""
+    """Find out what must run, and what is overwritten by it."""
     nodes = list(tracer.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     reads = [(position[taken], position[after]) for feature in features for taken, after in feature.reads]
-    operations = _describe(tracer, nodes, position)
     requested = [] if tracer._exact else [taken for taken, _ in reads]
-    staying = _staying(operations, requested, reads if tracer._exact else [])
-    overwritten = _overwritten(operations, staying, reads)
-    if overwritten:  # look again, closely: a warning is for what happens in this mode, a clone for what can happen
-        modes = (True, False) if tracer._exact else (tracer._training,)
-        overwritten = _overwritten(_describe(tracer, nodes, position, modes), staying, reads)
+    foreign: List[fx.Node] = []  # calls of what is not torch's own
+
+    def plan(opaque: _Opaque) -> Tuple[List[int], Dict[Tuple[int, int], int]]:
+        operations = _describe(tracer, nodes, position, opaque)
+        staying = _staying(operations, requested, reads if tracer._exact else [])
+        return staying, _overwritten(operations, staying, reads)
+
+    def noting(root: nn.Module, node: fx.Node) -> _Effects:
+        foreign.append(node)
+        return _believed(root, node)
+
+    staying, overwritten = plan(noting)
+    if overwritten or foreign and plan(_suspected) != (staying, {}):  # then look closely
+        look = functools.lru_cache(maxsize=None)(_seen_inside)
+        staying, _ = plan(functools.partial(_looked_into, look, (True, False), _believed))
+        # A clone is for what may happen, a warning for what does, in this mode.
+        modes, otherwise = ((True, False), _suspected) if tracer._exact else ((tracer._training,), _believed)
+        opaque = functools.partial(_looked_into, look, modes, otherwise)
+        overwritten = _overwritten(_describe(tracer, nodes, position, opaque, modes), staying, reads)
     leaving = {nodes[-1], *nodes} - {nodes[index] for index in staying if index < len(nodes) - 1}
     changes = {(nodes[taken], nodes[after]): nodes[writer] for (taken, after), writer in overwritten.items()}
     return _Plan(leaving, changes)
@@ -998,20 +1026,38 @@ def _clone_after(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
     while following.op == "placeholder":
         following = following.next
     with graph.inserting_before(following):
-        return graph.call_function(_clone, (node,))
+        return graph.call_function(_clone_list if _is_list(node) else _clone, (node,))
+
+
+def _is_list(node: fx.Node) -> bool:
+    """Whether torch declares an operation to give a list of tensors, as ``chunk``."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    schemas = _operator_schemas(_operator_name(node, name)) if node.op in ("call_function", "call_method") else []
+    return any([str(value.type) for value in schema.returns] == ["List[Tensor]"] for schema in schemas)
+
+
+# TorchScript does not look into the second branches of these; what has no type is a tensor to it.
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:
     """What a feature is before it is overwritten; of nested values, all tensors."""
-    # TorchScript does not look into the second branch, and takes what it has no type for as a tensor.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return value.clone()
     else:  # noqa: RET505
-        return _map_nested(_clone_item, value)  # type: ignore[no-any-return]
+        return _clone_nested(value)  # type: ignore[no-any-return]
 
 
-def _clone_item(item: Any) -> Any:
-    return item.clone() if isinstance(item, (torch.Tensor, fx.Proxy)) else item
+def _clone_list(value: List[torch.Tensor]) -> List[torch.Tensor]:
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return [item.clone() for item in value]
+    else:  # noqa: RET505
+        return _clone_nested(value)  # type: ignore[no-any-return]
+
+
+def _clone_nested(value: Any) -> Any:
+    if isinstance(value, fx.Proxy):  # traced again, this stays one operation
+        return value.tracer.create_proxy("call_function", _clone, (value,), {})
+    return _map_nested(lambda item: item.clone() if isinstance(item, torch.Tensor) else item, value)
 
 
 def _as_argument(tracer: NodePathTracer, feature: _Feature, clones: Dict[_Read, fx.Node]) -> Any:
@@ -1049,34 +1095,72 @@ def _map_nested(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """The items of nested dicts, lists, tuples and dataclasses."""
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _leaves(getattr(value, field.name))
+    else:
+        yield value
+
+
+_Effects = Tuple[List[fx.Node], List[fx.Node]]  # the inputs that are written to, those that are viewed
+_Opaque = Callable[[nn.Module, fx.Node], _Effects]  # judges calls of what is not torch's own
+
+
 def _describe(
-    tracer: fx.Tracer, nodes: Sequence[fx.Node], position: Dict[fx.Node, int], modes: Sequence[bool] = ()
+    tracer: fx.Tracer,
+    nodes: Sequence[fx.Node],
+    position: Dict[fx.Node, int],
+    opaque: _Opaque,
+    modes: Sequence[bool] = (),
 ) -> List[_Operation]:
     """What each node reads, writes and shares, as plain data.
 
-    By default what is not torch's own is taken to do whatever it may; given modes (``True`` for train
-    mode), it is looked into, for what it does in these.
+    Given modes (``True`` for train mode), it is what torch's own modules do in these, else what they may do.
     """
-    operations = []
-    fetched: Dict[int, List[int]] = {}  # a parameter or buffer, by its id -> the nodes that fetch it
+    fetched: Dict[int, int] = {}  # the memory of a parameter or buffer -> the first node that fetches it
     for index, node in enumerate(nodes):
-        inputs = [position[taken] for taken in node.all_input_nodes]
-        writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node, modes))
         if node.op == "get_attr":
-            same = fetched.setdefault(id(_at(tracer.root, str(node.target))), [])
-            views = same[:1]
-            same.append(index)
+            fetched.setdefault(_memory_of(_at(tracer.root, str(node.target))), index)
+    operations = []
+    for node in nodes:
+        inputs = [position[taken] for taken in node.all_input_nodes]
+        writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node, opaque, modes))
+        if node.op == "get_attr":
+            views = [fetched[_memory_of(_at(tracer.root, str(node.target)))]]
         elif node.op == "call_module" and fetched:  # a module also reads its own parameters and buffers
             module = _at(tracer.root, str(node.target))
             for tensor in itertools.chain(module.parameters(), module.buffers()):
-                inputs += fetched.get(id(tensor), [])
+                inputs += [fetched[at] for at in [_memory_of(tensor)] if at in fetched]
+            writes += [fetched[at] for at in map(_memory_of, _updated(module, modes)) if at in fetched]
         kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
         operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
     return operations
 
 
+def _memory_of(value: Any) -> int:
+    """A number that tensors have in common if they share memory."""
+    try:
+        return getattr(value, "untyped_storage", value.storage)().data_ptr() or id(value)
+    except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or one without storage
+        return id(value)
+
+
+def _updated(module: nn.Module, modes: Sequence[bool]) -> Iterator[torch.Tensor]:
+    """What a module may write into of its own: statistics in train mode, embeddings with ``max_norm``."""
+    for part in module.modules():
+        if not isinstance(part, _NormBase) or tuple(modes) != (False,):
+            yield from part._buffers.values()  # type: ignore[misc]
+        if getattr(part, "max_norm", None) is not None:
+            yield from part.parameters()
+
+
 _ASSERTS = (torch._assert, _assert_is_none)
-_Effects = Tuple[List[fx.Node], List[fx.Node]]  # the inputs that are written to, those that are viewed
+_SAFE = (*_ASSERTS, _clone, _clone_list)  # what neither changes nor shares anything
 
 # Modules of torch.nn that can return their input, or a view of it.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
@@ -1086,7 +1170,11 @@ _VIEW_FUNCTIONS = frozenset(
     " unsafe_chunk unsafe_split unsafe_split_with_sizes alpha_dropout dropout feature_alpha_dropout feature_dropout"
     " conj_physical dequantize getitem pos resize resize_as sum_to_size to_dense".split()
 )
-_VIEW_ATTRIBUTES = frozenset("H T data grad imag mH mT real".split())
+# Attributes of tensors that share no memory with them.
+_PLAIN_ATTRIBUTES = frozenset(
+    "device dtype grad_fn is_cpu is_cuda is_leaf is_meta is_nested is_quantized is_sparse itemsize layout names nbytes"
+    " ndim output_nr requires_grad shape".split()
+)
 _IN_PLACE_OPERATORS = frozenset(
     "delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()
 )
@@ -1099,18 +1187,19 @@ _IN_PLACE_METHODS = frozenset(
 _PURE = ("_operator", "math")  # Python modules whose functions, but for those above, change and share nothing
 
 
-def _effects(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Effects:
+def _effects(root: nn.Module, node: fx.Node, opaque: Optional[_Opaque] = None, modes: Sequence[bool] = ()) -> _Effects:
     """The inputs into whose memory a node writes, and those that its value may share memory with."""
-    if node.op not in ("call_module", "call_function", "call_method") or node.target in _ASSERTS:
-        return [], []
+    opaque = opaque or _believed
     inputs = node.all_input_nodes
+    if node.op not in ("call_module", "call_function", "call_method") or node.target in _SAFE:
+        return [], []
     if node.op == "call_module":
         effect = _module_effect(_at(root, str(node.target)), modes)
-        return _opaque(root, node, modes) if effect is None else (inputs * effect.writes, inputs * effect.views)
+        return opaque(root, node) if effect is None else (inputs * effect.writes, inputs * effect.views)
     if node.target is getattr:
-        return [], inputs if node.args[1] in _VIEW_ATTRIBUTES else []
+        return [], [] if node.args[1] in _PLAIN_ATTRIBUTES else inputs
     if not _is_torch(node.target):
-        return _opaque(root, node, modes)
+        return opaque(root, node)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if "out" in node.kwargs:
         written = _nodes_in([node.kwargs["out"]])
@@ -1118,14 +1207,28 @@ def _effects(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Eff
     if _writes_first_argument(node, name):
         written = _nodes_in(node.args[:1]) or inputs
         return written, written if name.endswith("_") else inputs  # a list shares memory with what is put into it
+    if name in _STATEFUL_FUNCTIONS:
+        return _written_state(node, name), []
     if name in _VIEW_FUNCTIONS:
         return [], inputs
     aliases = _aliases(_operator_name(node, name))
     if aliases is None:
-        return _opaque(root, node) if getattr(node.target, "__module__", "") not in _PURE else ([], [])
+        return ([], []) if getattr(node.target, "__module__", "") in _PURE else opaque(root, node)
     arguments: Dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     writes, views = (_nodes_in(arguments[at] for at in alias if at in arguments) for alias in aliases)
     return writes, views
+
+
+_STATEFUL_FUNCTIONS = ("batch_norm", "instance_norm", "embedding", "embedding_bag")
+
+
+def _written_state(node: fx.Node, name: str) -> List[fx.Node]:
+    """The inputs, other than the first, into which a function writes, though its schema does not say so."""
+    if name.endswith("norm"):
+        training = node.kwargs.get("training", node.kwargs.get("use_input_stats", [*node.args, *[True] * 6][5]))
+        return node.all_input_nodes[1:] if training is not False else []
+    max_norm = node.kwargs.get("max_norm", [*node.args, *[None] * 4][3])
+    return node.all_input_nodes[1:2] if max_norm is not None else []
 
 
 class _Effect(NamedTuple):
@@ -1167,27 +1270,41 @@ def _is_inplace(module: nn.Module) -> bool:
     return isinstance(inplace, (bool, int)) and bool(inplace)
 
 
-def _opaque(root: nn.Module, node: fx.Node, modes: Sequence[bool] = ()) -> _Effects:
-    """The effects of a call of what is not torch's own.
+# --- calls of what is not torch's own: they may return their inputs, and may write into them
 
-    It may return its inputs. It is believed to write into them if its name or a part of it says so,
-    or if nobody takes its value, since it is then there for a side effect.
-    """
-    inputs = node.all_input_nodes
-    seen = [_seen_inside(root, node, training) for training in modes]
-    if seen and None not in seen:
-        writes, views = (list(itertools.chain(*effect)) for effect in zip(*filter(None, seen)))
-        return writes, views
-    written = not node.users or _writes_first_argument(node, getattr(node.target, "__name__", ""))
+
+def _suspected(root: nn.Module, node: fx.Node) -> _Effects:
+    """All that may be."""
+    return node.all_input_nodes, node.all_input_nodes
+
+
+def _believed(root: nn.Module, node: fx.Node) -> _Effects:
+    """It writes if its name, a part of it or its source says so, or if nobody takes its value: it is there for that."""
+    inputs, target, args = node.all_input_nodes, node.target, node.args
+    if not node.users or _writes_first_argument(node, getattr(target, "__name__", "")):
+        return inputs, inputs
+    function: Any = target
     if node.op == "call_module":
-        written = written or any(map(_is_inplace, _at(root, str(node.target)).modules()))
-    if written or node.op != "call_function":
-        return inputs * written, inputs
-    names, returned = _plain_effects(node.target)
+        module = _at(root, str(target))
+        if any(map(_is_inplace, module.modules())):
+            return inputs, inputs
+        args, function = (None, *args), getattr(type(module), "forward", None)
+    names, returned = _plain_effects(function)
     if not names:
         return [], inputs
-    arguments = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    arguments = inspect.signature(function).bind_partial(*args, **node.kwargs).arguments
     return _nodes_in(map(arguments.get, names)), _nodes_in(map(arguments.get, returned)) if returned else inputs
+
+
+def _looked_into(
+    look: Callable[..., Optional[_Effects]], modes: Sequence[bool], otherwise: _Opaque, root: nn.Module, node: fx.Node
+) -> _Effects:
+    """What it does in the modes (``True`` is train mode), or ``otherwise`` if that cannot be seen."""
+    seen = [look(root, node, training) for training in modes]
+    if None in seen:
+        return otherwise(root, node)
+    writes, views = (list(itertools.chain(*effect)) for effect in zip(*filter(None, seen)))
+    return writes, views
 
 
 @functools.lru_cache(maxsize=None)
@@ -1247,7 +1364,8 @@ def _seen_inside(root: nn.Module, node: fx.Node, training: bool) -> Optional[_Ef
     finally:
         for module, mode in modes.items():
             module.training = mode
-    operations = _describe(tracer, nodes, {node: index for index, node in enumerate(nodes)})
+    position = {node: index for index, node in enumerate(nodes)}
+    operations = _describe(tracer, nodes, position, _believed, (training,))
     memory = _memories(operations)
     written = {memory[at] for operation in operations for at in operation.writes}
     returned = {memory[at] for at in operations[-1].inputs}
@@ -2141,8 +2259,10 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     if sys.stdout.isatty():
         free = shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
+        weights = [1, *[2] * (len(widths) - 2), 1]  # the first and the last column say most
         while sum(widths) > free and max(widths) > 8:
-            widths[max(range(len(widths)), key=lambda column: widths[column] / (1 if column else 2))] -= 1
+            widest = max(range(len(widths)), key=lambda column: widths[column] * weights[column])
+            widths[widest] -= 1
     lines = ["  ".join(_fit(cell, width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         lines[0] = f"\033[1m{lines[0]}\033[0m"

@@ -382,10 +382,11 @@ def on_a_terminal(arguments: List[str], columns: int = 80, cwd: Path = ROOT, **e
     """What a person sees in a terminal of this width."""
     child, descriptor = pty.fork()
     if child == 0:
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         os.chdir(cwd)
-        os.environ.update({"TERM": "xterm", **environment})
-        os.execv(sys.executable, [sys.executable, str(ROOT / "featx.py"), *arguments])
-    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        # Not execv, whose environment has what libraries of C put there, such as COLUMNS.
+        known = {**os.environ, "TERM": "xterm", **environment}
+        os.execve(sys.executable, [sys.executable, str(ROOT / "featx.py"), *arguments], known)
     seen = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while chunk := os.read(descriptor, 65536):
@@ -400,7 +401,7 @@ def test_tables_fit_the_terminal_and_have_a_bold_header(monkeypatch: pytest.Monk
     monkeypatch.delenv("COLUMNS", raising=False)
     seen = on_a_terminal(["torchvision.models:resnet18"], 60)
     lines = seen.split("\033[K")[-1].replace("\r", "").splitlines()  # without the progress on a slow machine
-    assert re.search(r"\033\[1mname +operation +target +shape +note\033\[0m", lines[0])
+    assert re.search(r"\033\[1mname .* note\033\[0m", lines[0])
     plain = [re.sub(r"\033\[\d*[mK]", "", line) for line in lines]
     assert max(map(len, plain)) <= 60
     assert any("…" in line for line in plain)

@@ -390,9 +390,57 @@ def test_what_a_graph_cannot_hold() -> None:
         return x + 1
 
     model = net(forward, inner=net(lambda self, x: [x, Odd()]))
-    with pytest.raises(ValueError, match="what 'inner' returned cannot be a feature, ask for what is inside: .*Odd"):
+    with pytest.raises(
+        ValueError, match="what the module 'inner' returned cannot be a feature, ask for what is inside: .*Odd"
+    ):
         exact(model, ["inner"])
     assert list(exact(model, ["add"])(X)) == ["add"]
+
+
+class Odd(tuple):
+    def __new__(cls, first: Any, second: Any) -> Any:
+        return super().__new__(cls, (first, second))
+
+
+class Locked(dict):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("locked")
+
+
+def endless(x: Any) -> Any:
+    items = [x]
+    items.append(items)
+    return items
+
+
+@pytest.mark.parametrize("odd", [lambda x: Odd(x, x), lambda x: Locked({0: x}), endless])
+def test_classes_that_cannot_be_built_again_disturb_only_whoever_asks_for_them(odd: Any) -> None:
+    model = net(lambda self, x: self.fc(self.inner(x)[0]), inner=net(lambda self, x: odd(x)), fc=nn.Linear(4, 4))
+    for options in ({}, {"exact": True}):
+        extractor = featx.create_feature_extractor(model, ["fc"], **options)
+        assert torch.equal(extractor(X)["fc"], model(X))
+    with pytest.raises(ValueError, match="'inner' returned cannot be a feature"):
+        exact(model, ["inner"])
+
+
+def test_attributes_of_tensors() -> None:
+    """Such a proxy has no node before it is used: that must come neither too late nor at another place."""
+    inner = net(lambda self, x: (x.shape, x.mT, x.dtype))
+
+    def forward(self: Any, x: Any) -> Any:
+        shape, turned, _ = self.inner(x)
+        return self.fc(x).view(shape) + turned.sum()
+
+    model = net(forward, inner=inner, fc=nn.Linear(4, 4))
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    assert featx.get_graph_node_names(model).eval == get_graph_node_names(model)[1]
+    features = run(exact(model, ["inner", "output"]), X)
+    assert same(features["inner"], (X.shape, X.mT, X.dtype))
+    assert torch.equal(features["output"], model(X))
+    constant = net(lambda self, x: self.fc(x + len(self.inner())), inner=net(lambda self: torch.zeros(2, 3).shape))
+    constant.fc = nn.Linear(4, 4)
+    assert run(exact(constant, ["inner", "fc"]), X)["inner"] == (2, 3)
 
 
 # --- what is overwritten ---
@@ -509,6 +557,49 @@ class Rectifying(Squeezing):
         return self.fc(self.relu(x))
 
 
+def added(x: Any) -> Any:
+    x.add_(1)
+    return x
+
+
+def doubled(x: Any) -> Any:
+    return x.mul_(2) + 1
+
+
+def through_a_view(x: Any) -> Any:
+    part = x[:, :2]
+    part.zero_()
+    return x * 1
+
+
+def where_it_branches(x: Any) -> Any:
+    if x.sum() > -1e9:  # fx cannot trace this
+        part = x[:, :2]
+        part.zero_()
+    return x * 1
+
+
+@pytest.mark.parametrize("write", [added, doubled, through_a_view, where_it_branches])
+@pytest.mark.parametrize("kind", ["leaf", "function"])
+def test_opaque_calls_that_write_into_their_input(write: Any, kind: str) -> None:
+    leaf = type("Leaf", (nn.Module,), {"forward": lambda self, x: write(x)})
+    if kind == "leaf":
+        model = net(lambda self, x: self.last(self.leaf(self.fc(x))), fc=nn.Linear(4, 4), leaf=leaf()).eval()
+        kwargs: Dict[str, Any] = {"leaf_modules": [leaf]}
+    else:
+        model = net(lambda self, x: self.last(globals()[write.__name__](self.fc(x))), fc=nn.Linear(4, 4)).eval()
+        kwargs = {"autowrap_functions": [write]}
+    model.last = nn.Linear(4, 4)
+    seen = seen_by_hooks(model, X)
+    features = run(exact(model, ["fc", "last"], tracer_kwargs=kwargs), X)
+    assert torch.equal(features["fc"], seen["fc"][0])
+    assert torch.equal(features["last"], seen["last"][0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        featx.create_feature_extractor(model, ["fc", "last"], tracer_kwargs=kwargs)
+    assert len(caught) == int(write is not where_it_branches), "what cannot be seen is cloned, but no ground to warn"
+
+
 @pytest.mark.parametrize(("leaf", "writes"), [(Squeezing, False), (Rectifying, True)])
 def test_leaves_are_looked_into(leaf: Any, writes: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), leaf()).eval()
@@ -584,6 +675,49 @@ def test_hazards_do_not_change_values() -> None:
     assert same(run(ours, X), run(create_feature_extractor(model, ["ln", "ln_1", "pair"]), X))
 
 
+def test_the_models_own_output_beside_a_module_of_that_name() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.output(x)
+        return self.fc(y), y
+
+    model = net(forward, output=net(lambda self, x: x), fc=nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="'output' is the value of the model's own output, not what the module"):
+        extractor = featx.create_feature_extractor(model, ["output"])
+    assert same(run(extractor, X)["output"], model(X))
+    assert torch.equal(run(exact(model, ["output"]), X)["output"], X)
+
+
+def test_a_later_call_of_a_module_that_works_in_place() -> None:
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.mul_(2)
+            return x
+
+    def forward(self: Any, x: Any) -> Any:
+        return self.last(self.act_1(self.act_1(self.twice(self.twice(self.fc(x))))))
+
+    parts = {"twice": Doubling(), "act_1": nn.LeakyReLU(0.5, inplace=True)}
+    model = net(forward, fc=nn.Linear(4, 4), last=nn.Linear(4, 4), **parts).eval()
+    seen = seen_by_hooks(model, X)
+    extractor, said = warned(model, ["twice", "act_1"])
+    values = run(extractor, X)
+    assert not torch.equal(values["twice"], seen["twice"][0])
+    assert "a later call of the module 'act_1'" in said["act_1"]
+    assert set(said) == {"twice", "act_1"}
+    features = run(exact(model, ["twice", "twice_1", "act_1", "act_1_1"]), X)
+    assert same([features[name] for name in ("twice", "twice_1")], seen["twice"])
+    assert same([features[name] for name in ("act_1", "act_1_1")], seen["act_1"])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_operation_with_the_name_of_a_module_that_is_not_called(shared: bool) -> None:
+    enc = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = net(lambda self, x: F.relu(self.enc(x)) + 1, enc=enc, relu=enc[1] if shared else nn.ReLU()).eval()
+    assert "'relu' is the value of the operation 'relu', not what the module" in warned(model, ["relu"])[1]["relu"]
+    with pytest.raises(featx.NodeNameError, match="the same module as 'enc.1'" if shared else "no operation runs"):
+        exact(model, ["relu"])
+
+
 # --- what can be done with them ---
 
 
@@ -609,6 +743,23 @@ def by_torch_save(extractor: nn.Module) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+def test_lists_can_be_scripted_and_traced_again() -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        parts = self.fc(x).split(2, 1)
+        y = parts[0] + 1
+        parts[0].mul_(3)
+        return y + parts[0]
+
+    model = net(forward, fc=nn.Linear(4, 4))
+    with torch.no_grad():
+        expected = model.fc(X).split(2, 1)
+    extractor = exact(model, ["split", "output"])
+    for how in (extractor, torch.jit.script(extractor), fx.symbolic_trace(extractor), copy.deepcopy(extractor)):
+        assert same(tuple(run(how, X)["split"]), tuple(expected))
+    again = featx.create_feature_extractor(extractor, ["output"], exact=True)
+    assert same(tuple(run(again, X)["output"]["split"]), tuple(expected))
+
+
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize(
     "how",
@@ -621,7 +772,7 @@ def by_torch_save(extractor: nn.Module) -> Any:
         lambda module: pickle.loads(pickle.dumps(module)),
         lambda module: torch.compile(module, backend="aot_eager"),
         fx.symbolic_trace,
-        lambda module: exact(module, {"clone": "0", "clone_1": "2", "3": "3"}),
+        lambda module: exact(module, {"_clone": "0", "_clone_1": "2", "3": "3"}),
     ],
 )
 def test_what_can_be_done_with_extractors(how: Any, mode: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from typing import Any, Dict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from tests import featx, nets
@@ -435,3 +437,61 @@ def test_a_buffer_that_two_modules_share() -> None:
     model.register_buffer("mean", model.norm.running_mean)
     x = torch.rand(3, 4)
     assert torch.equal(features(model, ["norm"], x)["norm"], model(x))
+
+
+def output_equals(model: nn.Module, x: torch.Tensor) -> None:
+    expected = copy.deepcopy(model)(x.clone())
+    for options in ({}, {"exact": True}):
+        extractor = featx.create_feature_extractor(copy.deepcopy(model), ["output"], **options)
+        assert torch.equal(extractor(x.clone())["output"], expected), options
+
+
+@pytest.mark.parametrize(
+    "find",
+    [
+        lambda y: y.max(1, keepdim=True).values,
+        lambda y: torch.topk(y, 2).values,
+        lambda y: torch.max(y, 1, keepdim=True)[0],
+    ],
+)
+def test_a_write_into_a_part_of_a_named_tuple(find: Any) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        found = find(self.fc(x))
+        before = found + 0
+        found.add_(1)
+        return before.sum() + found
+
+    output_equals(net(forward, fc=nn.Linear(4, 4)), torch.rand(3, 4))
+
+
+def test_statistics_that_are_read_after_they_were_updated() -> None:
+    def module(self: Any, x: Any) -> Any:
+        self.norm(x)
+        return self.fc(x) + self.norm.running_mean
+
+    def function(self: Any, x: Any) -> Any:
+        F.batch_norm(x, self.norm.running_mean, self.norm.running_var, training=True, momentum=1.0)
+        return self.fc(x) + self.norm.running_mean
+
+    for forward in (module, function):
+        model = net(forward, norm=nn.BatchNorm1d(4, momentum=1.0), fc=nn.Linear(4, 4)).train()
+        output_equals(model, torch.rand(3, 4))
+
+
+def test_embeddings_that_are_renormed() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x) * 5
+        F.embedding(self.indices, y, max_norm=0.1)
+        return y + 0
+
+    model = net(forward, fc=nn.Linear(4, 4), indices=torch.tensor([0, 2]))
+    with torch.no_grad():
+        output_equals(model, torch.rand(3, 4))
+
+
+def test_a_write_into_a_view_of_a_buffer() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.count[:2].add_(x.sum())
+        return self.fc(x) + self.count
+
+    output_equals(net(forward, fc=nn.Linear(4, 4), count=torch.zeros(4)), torch.rand(3, 4))
