@@ -498,6 +498,8 @@ def _trace(
     except Exception as error:
         path, module_type = tracer._where_failed(error, model)
         reason = f"{type(error).__name__}: {error}{_source_line(error)}"
+        if issubclass(module_type, arguments["non_leaf_modules"]):
+            reason += "\nIt was opened by non_leaf_modules, without which it is one operation."
         traceable = [] if path else [name for name, child in model.named_children() if _is_traceable(child, arguments)]
         raise UntraceableError(path, module_type, reason, traceable) from error
     finally:
@@ -1826,7 +1828,8 @@ _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the w
 def _unchanged(model: nn.Module) -> Iterator["_Keeper"]:
     """Leave the model and the process's random and gradient state as they were, whatever happens inside."""
     _check_model(model)
-    with _tracing, torch.random.fork_rng(devices=[]), torch.set_grad_enabled(torch.is_grad_enabled()):
+    grad = torch.set_grad_enabled(torch.is_grad_enabled())
+    with _tracing, torch.random.fork_rng(devices=[]), grad, _without_fast_attention():
         python_random, keeper = random.getstate(), _Keeper(model)
         restore = keeper.note()
         try:
@@ -1835,6 +1838,21 @@ def _unchanged(model: nn.Module) -> Iterator["_Keeper"]:
             restore()
             keeper.restore_tensors()
             random.setstate(python_random)
+
+
+@contextlib.contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    """Let nn.TransformerEncoderLayer take the way that can be traced, where torch (since 2.1) lets one choose."""
+    switch = getattr(torch.backends, "mha", None)
+    if switch is None:
+        yield
+        return
+    fast = switch.get_fastpath_enabled()
+    switch.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        switch.set_fastpath_enabled(fast)
 
 
 def _check_model(model: Any) -> None:

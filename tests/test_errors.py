@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import re
 import warnings
 from typing import Any, Dict
 
@@ -32,6 +34,63 @@ def test_a_typo() -> None:
         "no node of the train graph is named '1.frist' or lies below it. The closest: '1.first', "
     )
     assert str(error).endswith("get_graph_node_names(model) lists all names.")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "vit_b_32"])
+def test_letters_that_are_swapped_lead_to_the_right_name_first(name: str, rng: random.Random) -> None:
+    names = featx.get_graph_node_names(nets.build_on_meta(name), suppress_diff_warning=True).eval
+    known = sorted({prefix for name in names for prefix in featx._prefixes(name)})
+    tried = 0
+    while tried < 50:
+        right = rng.choice(known)
+        places = [i for i in range(len(right) - 1) if right[i : i + 2].isalpha() and right[i] != right[i + 1]]
+        if len(right) > 4 and places:
+            i = rng.choice(places)
+            typo = right[:i] + right[i + 1] + right[i] + right[i + 2 :]
+            assert typo in known or featx._suggestions(names, typo)[0] == right
+            tried += typo not in known
+
+
+def test_the_whole_texts() -> None:
+    def text(call: Any) -> str:
+        with pytest.raises(ValueError if call is typo else featx.UntraceableError) as raised:
+            call()
+        return re.sub(r'File ".*", line \d+', 'File "…", line 0', str(raised.value))
+
+    def typo() -> None:
+        extract(nn.Sequential(nn.Linear(4, 4)), "00")
+
+    def untraceable() -> None:
+        extract(nn.Sequential(Bad()), "0")
+
+    def own() -> None:
+        def forward(self: Any, x: Any) -> Any:
+            return self.part(x) if x.sum() > 0 else x
+
+        extract(net(forward, part=nn.Sequential(nn.Linear(4, 4))), "part")
+
+    assert text(typo) == (
+        "no node of the train graph is named '00' or lies below it. The closest: '0'."
+        " get_graph_node_names(model) lists all names."
+    )
+    remedies = (
+        "autowrap_functions=(function,) records the calls of a function that fails as single operations."
+        " What helps as an argument of its own: concrete_args={'argument': value} fixes an argument that decides"
+        " which way the code goes."
+    )
+    reason = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
+    assert text(untraceable) == (
+        f"torch.fx cannot trace Bad at '0': {reason}\n"
+        '  File "…", line 0, in forward\n    return x if x.sum() > 0 else -x\n'
+        f"What helps, in tracer_kwargs: leaf_modules=[Bad] records each Bad as one operation; {remedies}"
+    )
+    assert text(own) == (
+        f"torch.fx cannot trace the model's own forward (Net): {reason}\n"
+        '  File "…", line 0, in forward\n    return self.part(x) if x.sum() > 0 else x\n'
+        f"What helps, in tracer_kwargs: {remedies}\n"
+        "These of its children can be traced by themselves: part."
+    )
 
 
 def test_a_name_of_the_other_mode() -> None:

@@ -13,6 +13,8 @@ from torch import nn
 from tests import featx, nets
 from tests.nets import net
 
+X = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
 
 def names_of(calls: List[Tuple[str, Optional[str]]]) -> List[str]:
     namer = featx._Namer()
@@ -138,6 +140,60 @@ def test_leaf_modules_and_non_leaf_modules() -> None:
     assert "1" not in opened
     both = {"leaf_modules": (nets.Block,), "non_leaf_modules": (nets.Block,)}
     assert featx.get_graph_node_names(model, both).eval == plain
+
+
+@pytest.mark.zoo
+def test_what_is_inside_of_torchvisions_modules_can_be_asked_for() -> None:
+    from torchvision import models, ops
+
+    model, x, seen = models.efficientnet_b0().eval(), torch.rand(1, 3, 64, 64), []
+    kwargs = {"non_leaf_modules": [ops.Conv2dNormActivation]}
+    model.features[0][0].register_forward_hook(lambda module, args, value: seen.append(value.clone()))
+    extractor = featx.create_feature_extractor(model, ["features.0.0"], tracer_kwargs=kwargs)
+    assert list(extractor.state_dict()) == ["features.0.0.weight"]
+    with torch.no_grad():
+        assert torch.equal(extractor(x)["features.0.0"], seen.pop())
+        model(x)
+    names = featx.get_graph_node_names(model, kwargs, suppress_diff_warning=True).eval
+    leaves = [path for path, module in model.named_modules() if not any(module.children())]
+    missing = [path for path in leaves if path not in names and "stochastic" not in path]
+    assert {path.rsplit(".", 1)[0] for path in missing} == {
+        path for path, module in model.named_modules() if isinstance(module, ops.SqueezeExcitation)
+    }
+    seen.clear()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)).train(mode), X
+    kwargs = {"non_leaf_modules": [nn.TransformerEncoderLayer]}
+    names = featx.get_graph_node_names(model, kwargs, exact=True).eval
+    assert [name for name in names if name.count(".") and name.split(".")[1] in dict(model[0].named_modules())] == [
+        f"0.{part}" for part in ("self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2")
+    ]
+    seen = []
+    model[0].linear1.register_forward_hook(lambda module, args, value: seen.append(value.clone()))
+    extractor = featx.create_feature_extractor(model, ["0.linear1", "0"], tracer_kwargs=kwargs, exact=True)
+    features = extractor(x)
+    own = model(x)  # with gradients, which keeps torch from its fast way, in which linear1 is not called
+    assert torch.equal(features["0"], own)
+    assert torch.equal(features["0.linear1"], seen[-1])
+    assert len(seen) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(features["0"], model(x))
+
+
+def test_what_fx_cannot_open_is_said() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
+    kwargs = {"non_leaf_modules": [nn.TransformerEncoderLayer, nn.MultiheadAttention]}
+    fast = torch.backends.mha.get_fastpath_enabled() if hasattr(torch.backends, "mha") else None
+    with pytest.raises(
+        featx.UntraceableError, match="opened by non_leaf_modules, without which it is one op"
+    ) as raised:
+        featx.get_graph_node_names(model, kwargs)
+    assert (raised.value.path, raised.value.module_type) == ("0.self_attn", nn.MultiheadAttention)
+    assert fast is None or torch.backends.mha.get_fastpath_enabled() is fast
 
 
 def test_autowrapped_functions() -> None:
