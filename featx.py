@@ -360,11 +360,12 @@ class NodePathTracer(LeafModuleAwareTracer):
         try:
             if self.is_leaf_module(m, path):
                 value = self.create_proxy("call_module", path, args, kwargs)
-                name = self.node_to_qualname[value.node]
+                name = self.node_to_qualname[value.node] if self._exact else path
+                self._returned.setdefault(name, _Feature(value.node, value.node))
             else:
                 value = forward(*args, **kwargs)
                 name = self._namer.name(path, None) if self._exact else path
-            self._returned.setdefault(name if self._exact else path, self._as_returned(value))
+                self._returned.setdefault(name, self._as_returned(value))
             return value
         except Exception as error:
             if self._failure is None or self._failure[0] is not error:
