@@ -328,7 +328,6 @@ class NodePathTracer(LeafModuleAwareTracer):
         self.node_to_qualname: Dict[fx.Node, str] = {}
         self._exact = exact
         self._training = False
-        self._paths: Set[str] = set()
         self._scope = ""
         self._namer = _Namer()
         self._returned: Dict[str, _Feature] = {}  # what the calls of modules returned, in that order
@@ -345,8 +344,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._thread = threading.get_ident()
         if isinstance(root, nn.Module):
             self._training = root.training
-            self._paths = {path for path, _ in root.named_modules(remove_duplicate=False) if path}
-            self._namer = _Namer(self._paths if self._exact else ())
+            if self._exact:
+                self._namer = _Namer(path for path, _ in root.named_modules(remove_duplicate=False) if path)
         return super().trace(root, concrete_args)
 
     def call_module(
@@ -801,14 +800,21 @@ def _misleads(tracer: NodePathTracer, query: str, node: Any) -> bool:
     """Whether a node is not the value of the module whose path its query is."""
     returned = tracer._returned.get(query)
     if not isinstance(node, fx.Node):
-        return query in tracer._paths
+        return _is_path(tracer.root, query)
     if returned is None:  # the module is not called, or under another path
-        return query in tracer._paths and tracer.node_to_qualname.get(node) == query
+        return tracer.node_to_qualname.get(node) == query and _is_path(tracer.root, query)
     if returned.value is node:
         return False
     # An operation in place gives back what it wrote into, so a module that ends with one returns either of two nodes.
     same = returned.after is node and returned.value in _effects(tracer.root, node)[0]
     return not same or node.target in (operator.setitem, operator.delitem)
+
+
+def _is_path(root: nn.Module, query: str) -> bool:
+    module: Optional[nn.Module] = root
+    for name in query.split("."):
+        module = module._modules.get(name) if module is not None else None
+    return module is not None
 
 
 def _described(tracer: NodePathTracer, node: Any, query: str = "") -> str:
@@ -1263,7 +1269,11 @@ def _module_effect(module: nn.Module, modes: Sequence[bool] = ()) -> Optional[_E
 
 def _dropping_modules() -> Tuple[Type[nn.Module], ...]:
     """The classes of modules that in eval mode, or with p = 0, return their input itself."""
-    ops = sys.modules.get("torchvision.ops")
+    return _dropping_among(sys.modules.get("torchvision.ops"))
+
+
+@functools.lru_cache(maxsize=None)
+def _dropping_among(ops: Any) -> Tuple[Type[nn.Module], ...]:
     names = ("StochasticDepth", "DropBlock2d", "DropBlock3d")
     return (_DropoutNd, *(vars(ops)[name] for name in names if hasattr(ops, name)))
 
