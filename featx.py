@@ -1116,6 +1116,8 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+# ------------------------------------------------------------------------------------ effects
+
 _Effects = Tuple[List[fx.Node], List[fx.Node]]  # the inputs that are written to, those that are viewed
 _Opaque = Callable[[nn.Module, fx.Node], _Effects]  # judges calls of what is not torch's own
 
@@ -1191,8 +1193,7 @@ _IN_PLACE_OPERATORS = frozenset(
 _IN_PLACE_METHODS = frozenset(
     "__setitem__ append clear extend insert pop popitem remove reverse setdefault update".split()
 )
-
-
+_STATEFUL_FUNCTIONS = frozenset("batch_norm embedding embedding_bag instance_norm".split())
 _PURE = ("_operator", "math")  # Python modules whose functions, but for those above, change and share nothing
 
 
@@ -1226,9 +1227,6 @@ def _effects(root: nn.Module, node: fx.Node, opaque: Optional[_Opaque] = None, m
     arguments: Dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     writes, views = (_nodes_in(arguments[at] for at in alias if at in arguments) for alias in aliases)
     return writes, views
-
-
-_STATEFUL_FUNCTIONS = ("batch_norm", "instance_norm", "embedding", "embedding_bag")
 
 
 def _written_state(node: fx.Node, name: str) -> List[fx.Node]:
@@ -1283,7 +1281,7 @@ def _is_inplace(module: nn.Module) -> bool:
     return isinstance(inplace, (bool, int)) and bool(inplace)
 
 
-# --- calls of what is not torch's own: they may return their inputs, and may write into them
+# Calls of what is not torch's own may return their inputs, and may write into them.
 
 
 def _suspected(root: nn.Module, node: fx.Node) -> _Effects:
