@@ -55,6 +55,7 @@ import sys
 import textwrap
 import threading
 import traceback
+import types
 import warnings
 import weakref
 from typing import (
@@ -1300,7 +1301,7 @@ def _believed(root: nn.Module, node: fx.Node) -> _Effects:
         if any(map(_is_inplace, module.modules())):
             return inputs, inputs
         args, function = (None, *args), getattr(type(module), "forward", None)
-    names, returned = _plain_effects(function)
+    names, returned = _plain_effects(_code_of(function))
     if not names:
         return [], inputs
     arguments = inspect.signature(function).bind_partial(*args, **node.kwargs).arguments
@@ -1318,17 +1319,27 @@ def _looked_into(
     return writes, views
 
 
+def _code_of(function: Any) -> Optional[types.CodeType]:
+    """What caches may be keyed by: unlike a function, its code keeps no model alive."""
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+
+
+def _parameters(code: types.CodeType) -> Tuple[str, ...]:
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
 @functools.lru_cache(maxsize=None)
-def _plain_effects(function: Any) -> Tuple[FrozenSet[Any], FrozenSet[Any]]:
+def _plain_effects(code: Optional[types.CodeType]) -> Tuple[FrozenSet[Any], FrozenSet[Any]]:
     """The parameters into which a function plainly writes; those it plainly returns, if it returns nothing else.
 
     ``a[...] = b``, ``a += b`` and ``a.add_(b)`` are plain where ``a`` stands for nothing else in the source.
     """
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        names: Set[Any] = set(inspect.signature(function).parameters)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))  # type: ignore[arg-type]
     except (OSError, TypeError, ValueError, SyntaxError):  # of C, or otherwise without source
         return frozenset(), frozenset()
+    assert code is not None, "what has source has code"
+    names: Set[Any] = set(_parameters(code))
     written, returned = [], []
     for part in ast.walk(tree):
         if isinstance(part, ast.AugAssign):
@@ -1416,13 +1427,11 @@ def _is_inplace_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-@functools.lru_cache(maxsize=None)
 def _inplace_position(function: Any) -> int:
     """The position of a function's parameter ``inplace``; -1 if there is none."""
-    try:
-        return list(inspect.signature(function).parameters).index("inplace")
-    except (TypeError, ValueError):  # no signature, or no such parameter
-        return -1
+    code = _code_of(function)
+    names = _parameters(code) if code else ()
+    return names.index("inplace") if "inplace" in names else -1
 
 
 def _is_torch(target: Any) -> bool:
