@@ -257,10 +257,11 @@ def truth(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
     tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
     with featx._unchanged(model):
-        interpreter = Snapshots(fx.GraphModule(model, tracer.trace(model)))
-        torch.manual_seed(1)
-        with torch.no_grad():
-            interpreter.run(x.clone())
+        module = fx.GraphModule(model, tracer.trace(model))
+    interpreter = Snapshots(module)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        interpreter.run(x.clone())
     return {name: interpreter.seen[node.name] for node, name in tracer.node_to_qualname.items()}
 
 
