@@ -2199,6 +2199,7 @@ def _plot(features: Dict[str, Any], path: str) -> None:
 def _maps(value: torch.Tensor) -> List[torch.Tensor]:
     """Up to eight pictures of one input's feature: channels, the middle frame of a video, or all of a matrix."""
     value = (value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value).float().cpu()
+    value = torch.atleast_1d(value.squeeze())
     while value.dim() > 3:
         value = value[:, value.shape[1] // 2]
     if value.dim() < 3:

@@ -315,6 +315,8 @@ def test_maps_of_all_shapes() -> None:
     assert shapes(7, 7, 96) == [(7, 7)] * 8
     assert shapes(64, 4, 7, 5) == [(7, 5)] * 8
     assert shapes(50, 768) == [(50, 768)]
+    assert shapes(512, 1, 1) == [(512,)]
+    assert shapes(1, 1) == [(1,)]
     assert shapes(10, dtype=torch.complex64) == [(10,)]
     assert shapes(3, 2, 2, dtype=torch.bool) == [(2, 2)] * 3
 
