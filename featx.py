@@ -41,7 +41,9 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
+import io
 import itertools
 import json
 import keyword
@@ -49,6 +51,7 @@ import linecache
 import math
 import operator
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -1962,7 +1965,10 @@ def _holds_the_same(value: Any, saved: Any) -> bool:
 
 
 def _main(arguments: Optional[Sequence[str]] = None) -> int:
-    """``python -m featx``; gives the exit code: 0, 1 if ``--check`` finds a difference, 2 for wrong input."""
+    """``python -m featx``; gives the exit code.
+
+    0, 1 if ``--check`` finds a difference, 2 for wrong input, 130 if it was interrupted.
+    """
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     with warnings.catch_warnings(record=True) as caught:
@@ -1971,21 +1977,29 @@ def _main(arguments: Optional[Sequence[str]] = None) -> int:
             sys.path.insert(0, os.getcwd())
             code, text = _run(options)
             _print(text)
-        except BrokenPipeError:  # whoever read this has seen enough
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            return 0
         except KeyboardInterrupt:
             return 130
-        except Exception as error:  # the model is anybody's code and may raise anything
-            parser.error(_in_one_line(error) or type(error).__name__)
+        except BaseException as error:  # the model is anybody's code: it may even exit
+            parser.error(_in_one_line(error) + _advice(error))
     for warning in caught:
-        print(f"featx: warning: {_in_one_line(warning.message)}", file=sys.stderr)
+        _say(f"featx: warning: {_in_one_line(warning.message)}\n")
     return code
+
+
+def _advice(error: BaseException) -> str:
+    """What an error that speaks of arguments means on the command line."""
+    if isinstance(error, SystemExit):
+        return " (SystemExit): the model's own code wants to exit"
+    if isinstance(error, UntraceableError) and error.path:
+        return " On the command line, --auto-leaf makes leaves of such classes."
+    if isinstance(error, NodeNameError) and "graph only" in str(error):
+        return " On the command line, --train chooses the train graph, and its absence the eval graph."
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"featx: error: {message}\n")
+        self.exit(2, f"featx: error: {_in_one_line(message)}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1994,20 +2008,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("queries", nargs="*", metavar="QUERY[=KEY]", help="the nodes to compute; none: list them all")
     group = parser.add_argument_group("the model")
     group.add_argument("--kwargs", type=_json_object, default={}, metavar="JSON", help="arguments of the callable")
-    group.add_argument("--checkpoint", metavar="FILE", help="load this state dict (with weights_only=True)")
-    group.add_argument("--device", default="cpu", help="where to compute, such as cuda; the default is cpu")
+    group.add_argument("--checkpoint", type=_given, metavar="FILE", help="load this state dict (weights_only=True)")
+    group.add_argument("--device", type=_given, default="cpu", help="where to compute, such as cuda")
     group.add_argument("--train", action="store_true", help="use train mode in place of eval mode")
     group.add_argument("--exact", action="store_true", help="give what each module or operation itself returned")
     group.add_argument("--auto-leaf", action="store_true", help="make leaves of the classes that cannot be traced")
-    group = parser.add_argument_group("the input")
+    group = parser.add_argument_group("the input, one tensor")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--image", metavar="FILE", help="a photograph, prepared as for torchvision's classifiers")
+    source.add_argument(
+        "--image", type=_given, metavar="FILE", help="a photograph, as torchvision's classifiers see it"
+    )
     source.add_argument("--input", type=_shape, metavar="1,3,224,224", help="random numbers in this shape")
     group = parser.add_argument_group("the output")
     group.add_argument("--json", action="store_true", help="for machines: the names of both modes, or the features")
-    group.add_argument("--check", metavar="FILE", help="compare the names with such a file; exit with 1 if they differ")
-    group.add_argument("--save", metavar="FILE.pt", help="save the extractor with torch.save")
-    group.add_argument("--plot", metavar="FILE.png", help="draw the features")
+    group.add_argument(
+        "--check", type=_given, metavar="FILE", help="compare the names with such a file; 1 if they differ"
+    )
+    group.add_argument("--save", type=_given, metavar="FILE.pt", help="save the extractor with torch.save")
+    group.add_argument("--plot", type=_given, metavar="FILE.png", help="draw the features")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -2015,25 +2033,34 @@ def _parser() -> argparse.ArgumentParser:
 def _json_object(text: str) -> Dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'takes a JSON object such as {{"num_classes": 10}}, not {text!r}')
     return value
 
 
+def _given(text: str) -> str:
+    if not text:  # as from a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("takes a value that is not empty")
+    return text
+
+
 def _shape(text: str) -> List[int]:
     try:
-        return [int(size) for size in text.split(",")]
+        sizes = [int(size) for size in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes sizes such as 1,3,224,224, not {text!r}") from None
+        sizes = [-1]
+    if not all(0 <= size < 2**31 for size in sizes):
+        raise argparse.ArgumentTypeError(f"takes sizes such as 1,3,224,224, not {text!r}")
+    return sizes
 
 
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse what does not go together before anything takes time."""
     has_input = bool(options.image or options.input)
-    if options.queries and options.check:
-        raise ValueError("--check compares all names and takes no queries")
+    if options.check and (options.queries or options.json):
+        raise ValueError("--check compares all names and takes no queries and no --json")
     if options.queries and not (has_input or options.save):
         raise ValueError("computing features needs --image FILE or --input SHAPE")
     for option in ("save", "plot"):
@@ -2041,6 +2068,10 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--{option} needs at least one query")
     if options.plot and not has_input:
         raise ValueError("--plot needs --image FILE or --input SHAPE")
+    if options.plot:
+        known = _figure().canvas.get_supported_filetypes()
+        if os.path.splitext(options.plot)[1][1:] not in known:
+            raise ValueError(f"--plot takes a file of a type among {', '.join(known)}, not {options.plot!r}")
 
 
 def _run(options: argparse.Namespace) -> Tuple[int, str]:
@@ -2062,10 +2093,12 @@ def _run(options: argparse.Namespace) -> Tuple[int, str]:
 
 
 def _build(name: str, kwargs: Dict[str, Any]) -> nn.Module:
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
         raise ValueError(f"the model is given as PACKAGE.MODULE:CALLABLE, not {name!r}")
-    build = getattr(importlib.import_module(module), attribute, None)
+    build: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        build = getattr(build, part, None)
     if not callable(build):
         raise ValueError(f"{module} has no callable {attribute!r}")
     model = build(**kwargs)
@@ -2075,9 +2108,13 @@ def _build(name: str, kwargs: Dict[str, Any]) -> nn.Module:
 
 
 def _load_checkpoint(model: nn.Module, path: str) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        keys = f" with the keys {_shorten(list(map(str, state)))}" if isinstance(state, Mapping) else ""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} cannot be loaded: {str(error).partition('. ')[0] or type(error).__name__}") from error
+    held = state.items() if isinstance(state, dict) else [("", None)]
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in held):
+        keys = f" with the keys {_shorten(list(map(str, state)))}" if isinstance(state, dict) else ""
         raise ValueError(f"{path} holds a {type(state).__name__}{keys}; --checkpoint takes a state dict")
     model.load_state_dict(state)
 
@@ -2090,6 +2127,8 @@ def _read_image(path: str) -> torch.Tensor:
         raise ImportError("--image needs Pillow: python3 -m pip install pillow") from None
     with Image.open(path) as file:
         image = file.convert("RGB")
+    spare = [max(0, (side - 16 * min(image.size)) // 2) for side in image.size]  # what is off the middle of a strip
+    image = image.crop((spare[0], spare[1], image.width - spare[0], image.height - spare[1]))
     # https://pytorch.org/vision/stable/models.html: the short side to 256, the middle 224 x 224.
     scale = 256 / min(image.size)
     width, height = (max(256, int(side * scale)) for side in image.size)
@@ -2109,19 +2148,25 @@ def _features(model: nn.Module, inputs: Optional[torch.Tensor], options: argpars
         return_nodes[query] = key or query
     with _progress("tracing"):
         extractor = _extractor(model, return_nodes, options)
+    saved = io.BytesIO()
     if options.save:
-        torch.save(extractor, options.save)
+        torch.save(extractor, saved)
+    found: List[Dict[str, Any]] = []
+    if inputs is not None:
+        with _progress("computing"), torch.no_grad():
+            features = [item for key, value in extractor(inputs).items() for item in _items(key, value)]
+            found = [_statistics(key, value) for key, value in features]
+        if options.plot:
+            _plot(features, options.plot)
+    if options.save:  # now that all else is done
+        with open(options.save, "wb") as file:
+            file.write(saved.getbuffer())
+    if options.json:
+        return "[{}]".format(",".join(f"\n{json.dumps(row)}" for row in found) + "\n")
     if inputs is None:
         return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
-    with _progress("computing"), torch.no_grad():
-        features = dict(itertools.chain.from_iterable(_items(key, value) for key, value in extractor(inputs).items()))
-    if options.plot:
-        _plot(features, options.plot)
-    found = [_statistics(key, value) for key, value in features.items()]
-    if options.json:
-        return "[\n{}\n]".format(",\n".join(map(json.dumps, found)))
     header = ("key", "shape", "dtype", "mean", "std", "min", "max")
-    return _align([header, *([_cell(statistics.get(column)) for column in header] for statistics in found)])
+    return _align([header, *([_cell(row.get(column)) for column in header] for row in found)])
 
 
 def _extractor(model: nn.Module, return_nodes: Dict[str, str], options: argparse.Namespace) -> nn.Module:
@@ -2150,21 +2195,30 @@ def _items(key: str, value: Any) -> Iterator[Tuple[str, Any]]:
     elif isinstance(value, (list, tuple)):
         pairs = enumerate(value)
     else:
-        yield key, value
-        return
+        pairs = ()
+    empty = True
     for place, item in pairs:
+        empty = False
         yield from _items(f"{key}[{place}]", item)
+    if empty:
+        yield key, value
 
 
 def _statistics(key: str, value: Any) -> Dict[str, Any]:
     if not isinstance(value, torch.Tensor):
-        return {"key": key, "value": str(value)}
+        return {"key": key, "shape": _in_one_line(value)}
     row: Dict[str, Any] = {"key": key, "shape": list(value.shape), "dtype": str(value.dtype).replace("torch.", "")}
-    value = value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value
-    numbers = value.double() if value.numel() else torch.tensor(math.nan)
-    found = {"mean": numbers.mean(), "std": numbers.std(unbiased=False), "min": numbers.min(), "max": numbers.max()}
-    row.update((name, float(number) if number.isfinite() else None) for name, number in found.items())
+    if not value.is_meta:
+        numbers = _numbers(value).double() if value.numel() else torch.tensor(math.nan)
+        found = {"mean": numbers.mean(), "std": numbers.std(unbiased=False), "min": numbers.min(), "max": numbers.max()}
+        row.update((name, float(number) if number.isfinite() else None) for name, number in found.items())
     return row
+
+
+def _numbers(value: torch.Tensor) -> torch.Tensor:
+    """The values of any tensor as real numbers, one for each."""
+    value = value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value
+    return value if value.layout is torch.strided else value.to_dense()
 
 
 def _cell(value: Any) -> str:
@@ -2173,21 +2227,26 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _plot(features: Dict[str, Any], path: str) -> None:
-    """Draw for each feature of the first input up to eight maps; vectors as curves, other values not at all."""
+def _figure(rows: int = 1) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("--plot needs matplotlib: python3 -m pip install matplotlib") from None
-    maps = {
-        key: _maps(value[0]) for key, value in features.items() if isinstance(value, torch.Tensor) and value.dim() > 1
-    }
-    if not maps:
+    return Figure(figsize=(9, 1.3 * rows))
+
+
+def _plot(features: Sequence[Tuple[str, Any]], path: str) -> None:
+    """Draw for each feature of the first input up to eight maps; vectors as curves, other values not at all."""
+    tensors = [(key, value) for key, value in features if isinstance(value, torch.Tensor) and not value.is_meta]
+    drawn = [(key, _maps(value[0])) for key, value in tensors if value.dim() > 1 and value.numel()]
+    if not drawn:
         raise ValueError("--plot has nothing to draw: no feature has a batch dimension and another one")
-    figure = Figure(figsize=(9, 1.3 * len(maps)), layout="constrained")
-    for row, (key, drawn) in zip(figure.subplots(len(maps), 8, squeeze=False), maps.items()):
-        row[0].set_title(key, loc="left", fontsize=8)
-        for axes, values in itertools.zip_longest(row, drawn):
+    figure = _figure(len(drawn))
+    grid = figure.subplots(len(drawn), 8, squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.2 / len(drawn), 0.08, 0.25)
+    for row, (key, maps) in zip(grid, drawn):
+        row[0].set_title(key, loc="left", fontsize=8, parse_math=False)
+        for axes, values in itertools.zip_longest(row, maps):
             axes.set_axis_off()
             if values is not None and values.dim() == 2:
                 axes.imshow(values, aspect="equal" if values.shape[0] == values.shape[1] else "auto")
@@ -2198,8 +2257,8 @@ def _plot(features: Dict[str, Any], path: str) -> None:
 
 def _maps(value: torch.Tensor) -> List[torch.Tensor]:
     """Up to eight pictures of one input's feature: channels, the middle frame of a video, or all of a matrix."""
-    value = (value.dequantize() if value.is_quantized else value.abs() if value.is_complex() else value).float().cpu()
-    value = torch.atleast_1d(value.squeeze())
+    value = _numbers(value).float().cpu().squeeze()
+    value = value if value.dim() else value[None]
     while value.dim() > 3:
         value = value[:, value.shape[1] // 2]
     if value.dim() < 3:
@@ -2216,8 +2275,11 @@ def _names(model: nn.Module, options: argparse.Namespace) -> Tuple[int, str]:
     found = {"model": options.model, "exact": options.exact, **names._asdict()}
     if not options.check:
         return 0, json.dumps(found, indent=1)
-    with open(options.check, encoding="utf-8") as file:
-        expected = json.load(file)
+    try:
+        with open(options.check, encoding="utf-8-sig") as file:
+            expected = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{options.check} is no JSON: {error}") from error
     if not isinstance(expected, dict) or not all(isinstance(expected.get(mode), list) for mode in names._fields):
         raise ValueError(f"{options.check} holds no names; --json writes such a file")
     if bool(expected.get("exact")) != options.exact:
@@ -2236,16 +2298,17 @@ def _table(model: nn.Module, inputs: Optional[torch.Tensor], options: argparse.N
     with _progress("tracing"), _unchanged(model) as keeper:
         tracers = _trace_both(keeper, model, exact=options.exact, auto_leaf=options.auto_leaf)
         notes = {mode: _notes(tracer) for mode, tracer in tracers.items()}
+        whole = DualGraphModule(model, tracers["train"].graph, tracers["eval"].graph)
     mode, other = ("train", "eval") if options.train else ("eval", "train")
     with _progress("computing"):
-        shapes = _shapes(model, tracers[mode], inputs)
+        shapes = {} if inputs is None else _shapes(whole, inputs)
     rows = [("name", "operation", "target", "shape", "note")]
     for shown, compared in ((mode, other), (other, mode)):
         elsewhere = set(tracers[compared].names)
         for node, name in tracers[shown].node_to_qualname.items():
             if shown == mode or name not in elsewhere:
                 note = ", ".join(([] if name in elsewhere else [f"{shown} only"]) + notes[shown].get(node, []))
-                rows.append((name, node.op, _target_name(model, node), shapes.get(node, ""), note))
+                rows.append((name, node.op, _target_name(whole, node), shapes.get(node, ""), note))
     return _align(rows)
 
 
@@ -2270,7 +2333,7 @@ def _target_name(model: nn.Module, node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _shapes(model: nn.Module, tracer: NodePathTracer, inputs: Optional[torch.Tensor]) -> Dict[fx.Node, str]:
+def _shapes(model: DualGraphModule, inputs: torch.Tensor) -> Dict[fx.Node, str]:
     shapes: Dict[fx.Node, str] = {}
 
     class Recorder(fx.Interpreter):
@@ -2285,23 +2348,23 @@ def _shapes(model: nn.Module, tracer: NodePathTracer, inputs: Optional[torch.Ten
             plain = (list(value) if isinstance(value, list) else value for value in args)
             return super().call_function(target, tuple(plain), kwargs)
 
-    if inputs is not None:
-        with torch.no_grad():
-            Recorder(fx.GraphModule(model, tracer.graph)).run(inputs)
+    with torch.no_grad():
+        Recorder(model).run(inputs)
     return shapes
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
     """Columns; on a terminal they fit its width, and the header stands out."""
+    rows = [[_printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    if sys.stdout.isatty():
+    if _is_terminal(sys.stdout):
         free = shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
         weights = [1, *[2] * (len(widths) - 2), 1]  # the first and the last column say most
         while sum(widths) > free and max(widths) > 8:
             widest = max(range(len(widths)), key=lambda column: widths[column] * weights[column])
             widths[widest] -= 1
     lines = ["  ".join(_fit(cell, width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+    if _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         lines[0] = f"\033[1m{lines[0]}\033[0m"
     return "\n".join(lines)
 
@@ -2312,39 +2375,75 @@ def _fit(cell: str, width: int) -> str:
     return cell.ljust(width)
 
 
+def _printable(text: str) -> str:
+    """The text without power over a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()  # a stream that was closed is None
+
+
 def _print(text: str) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # names may have characters that the encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read this has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _in_one_line(message: Any) -> str:
-    return " ".join(f"{message}".split())
+    """The message, or the type of an error that has none, without line breaks and what torch adds of its own inside."""
+    try:
+        text = str(message)
+    except Exception:  # anybody's code again
+        text = ""
+    for appendix in ("\nException raised from", "\n\nWhile executing"):
+        text = text.partition(appendix)[0]
+    return _printable(" ".join(text.split())) or type(message).__name__
 
 
 @contextlib.contextmanager
 def _progress(doing: str) -> Iterator[None]:
-    """On a terminal, say on stderr what takes longer than two seconds."""
+    """On a terminal, say on stderr what takes longer than two seconds; also say there what the model prints."""
     done = threading.Event()
+    shown = threading.Event()
 
     def show() -> None:
         for seconds in itertools.count(2):
             if done.wait(2 if seconds == 2 else 1):
                 break
-            print(f"\r{doing} … {seconds} s", end="", file=sys.stderr, flush=True)
+            shown.set()
+            _say(f"\r{doing} … {seconds} s")
 
     thread = threading.Thread(target=show, daemon=True)
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
         thread.start()
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         done.set()
         if thread.ident is not None:
             thread.join()
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if shown.is_set():
+            _say("\r\033[K")
 
 
-if __name__ == "__main__":  # under its own name, so that what it saves can be loaded
-    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
-    sys.exit(importlib.import_module(_name)._main())
+if __name__ == "__main__":  # run it as a module of its own name, so that what it saves can be loaded
+    if __spec__:
+        _module = importlib.import_module(__spec__.name)
+    else:
+        _name = os.path.splitext(os.path.basename(__file__))[0]
+        _spec = importlib.util.spec_from_file_location(_name, __file__)
+        assert _spec, "a file of Python can be loaded"
+        _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(_module)  # type: ignore[union-attr]
+    sys.exit(_module._main())

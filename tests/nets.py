@@ -204,7 +204,8 @@ def zoo_input(name: str) -> torch.Tensor:
         return draw(1, 3, 16, 224, 224)
     if name.startswith(("r3d", "mc3", "r2plus1d", "swin3d")):
         return draw(2, 3, 4, 64, 64)
-    size = {"inception_v3": 299, "vit_b_32": 224, "vit_b_16": 224, "maxvit_t": 224, "alexnet": 96}.get(name, 64)
+    sizes = {"vit": 224, "maxvit": 224, "inception": 299, "quantized_inception": 299, "alexnet": 96}
+    size = next((size for start, size in sizes.items() if name.startswith(start)), 64)
     return draw(2, 3, size, size)
 
 

@@ -88,6 +88,16 @@ def test_features_of_one_mode_only() -> None:
     ("arguments", "message"),
     [
         (["torchvision.models"], "PACKAGE.MODULE:CALLABLE"),
+        ([":resnet18"], "PACKAGE.MODULE:CALLABLE"),
+        (["torch.nn:Identity", "--check", ""], "takes a value that is not empty"),
+        (["torch.nn:Identity", "--check", "x", "--json"], "takes no queries and no --json"),
+        (["torch.nn:Identity", "--kwargs", "[" * 10_000], "is no JSON"),
+        (["torch.nn:Identity", "--input=-1,4"], "takes sizes such as 1,3,224,224"),
+        (["torch.nn:Identity", "--input", "99999999999999999999"], "takes sizes such as 1,3,224,224"),
+        (["torch.nn:Identity", "output", "--input", "2", "--plot", "folder/"], "--plot takes a file of a type among"),
+        (["torch.nn:Identity", "output", "--input", "0,4", "--plot", "x.png"], "--plot has nothing to draw"),
+        (["torch.nn:Identity", "--bogus=a\nb"], "--bogus=a b"),
+        (["sys:exit"], "the model's own code wants to exit"),
         (["torchvision.models:nope"], "no callable 'nope'"),
         (["no_such_package:x"], "No module named 'no_such_package'"),
         (["torch:__version__"], "no callable"),
@@ -339,8 +349,6 @@ def test_what_is_not_installed(package: str, option: str) -> None:
 
 
 def test_device() -> None:
-    done = run("torchvision.models:resnet18", "conv1", "--input", "1,3,64,64", "--device", "meta")
-    assert done.returncode == 2  # a real device of torch, without values for statistics
     if torch.cuda.is_available():
         table = rows(run("torchvision.models:resnet18", "conv1", "--input", "1,3,64,64", "--device", "cuda"))
         assert table[1][:2] == ["conv1", "1x64x32x32"]
@@ -348,6 +356,147 @@ def test_device() -> None:
         done = run("torchvision.models:resnet18", "--device", "cuda")
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
         assert "CUDA" in done.stderr or "NVIDIA" in done.stderr
+
+
+ODD = """
+import sys
+import torch
+from torch import nn
+
+class Constant(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([1.0, 2.0])
+
+class Nested(nn.Module):
+    def forward(self, x):
+        return {"size": x.shape[0], "none": [], "sparse": x.to_sparse(), "plain": (x, 3)}
+
+class Stubborn(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+class Unpicklable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.leaf = nn.ReLU()
+        self.leaf.function = lambda x: x
+    def forward(self, x):
+        return self.leaf(x)
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+class Makers:
+    quoted = staticmethod(lambda: named('qu"o\\nte\\x1b[31m'))
+
+def named(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.ReLU())
+    return model
+
+def branching():
+    return nn.Sequential(Branching())
+
+def prints():
+    print("hello")
+    return nn.Sequential(nn.ReLU())
+
+def fails(kind):
+    raise {"stubborn": Stubborn, "exit": SystemExit, "base": BaseException, "pipe": BrokenPipeError}[kind]()
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Any:
+    (tmp_path / "odd.py").write_text(ODD)
+
+    def run_there(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "featx.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **options)
+
+    return run_there
+
+
+def test_shapes_of_models_with_constants_and_with_names_that_are_no_names(odd: Any) -> None:
+    done = odd("odd:Constant", "--input", "3,2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].split() == ["mul", "call_function", "mul", "3x2"]
+    done = odd("odd:Makers.quoted", "--input", "3,2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].split() == ['qu"o\\nte\\x1b[31m', "call_module", "ReLU", "3x2"]
+
+
+def test_features_that_are_no_tensors(odd: Any) -> None:
+    done = odd("odd:Nested", "output", "--input", "3,2")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {row[0]: row[1:] for row in map(str.split, done.stdout.splitlines()[1:])}
+    assert found["output[size]"] == ["3"]
+    assert found["output[none]"] == ["[]"]
+    assert found["output[sparse]"] == found["output[plain][0]"]
+    assert found["output[plain][1]"] == ["3"]
+    done = odd("torch.nn:Identity", "output", "--input", "3,2", "--device", "meta")
+    assert done.stdout.splitlines()[1].split() == ["output", "3x2", "float32"]
+
+
+def test_what_the_model_prints_is_no_output(odd: Any) -> None:
+    done = odd("odd:prints", "--json")
+    assert (done.returncode, done.stderr) == (0, "hello\n")
+    assert json.loads(done.stdout)["eval"] == ["input", "0"]
+
+
+@pytest.mark.parametrize("kind", ["stubborn", "exit", "base", "pipe"])
+def test_whatever_a_model_raises_is_one_line(odd: Any, kind: str) -> None:
+    done = odd("odd:fails", "--kwargs", json.dumps({"kind": kind}))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+def test_advice_is_about_the_command_line(odd: Any) -> None:
+    assert "--auto-leaf makes leaves of such classes" in odd("odd:branching").stderr
+    options = ["--kwargs", '{"init_weights": false}', "--input", "2,3,64,64"]
+    assert "--train chooses the train graph" in run("torchvision.models:googlenet", "aux1", *options).stderr
+
+
+def test_a_file_is_written_only_when_all_went_well(odd: Any, tmp_path: Path) -> None:
+    file = tmp_path / "extractor.pt"
+    file.write_text("precious")
+    for arguments in (
+        ["odd:Unpicklable", "leaf"],
+        ["torch.nn:ReLU", "output", "--input", "0,4", "--plot", "x.png"],
+        ["odd:Constant", "mul", "--input", "3,5"],
+    ):
+        assert odd(*arguments, "--save", str(file)).returncode == 2
+        assert file.read_text() == "precious"
+    done = odd("torch.nn:ReLU", "output", "--save", str(file), "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+    assert file.read_bytes()[:2] == b"PK"
+
+
+def test_a_copy_under_any_name_and_closed_streams(odd: Any, tmp_path: Path) -> None:
+    (tmp_path / "my.copy.py").write_text((ROOT / "featx.py").read_text())
+    command = [sys.executable, "my.copy.py", "torch.nn:ReLU"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for stream in ("1", "2"):
+        closed = subprocess.run(f"{sys.executable} my.copy.py torch.nn:ReLU {stream}>&-", shell=True, cwd=tmp_path)
+        assert closed.returncode == 0
+
+
+def test_a_reader_of_a_difference_that_has_seen_enough(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text('{"train": [], "eval": []}')
+    command = (
+        f"{sys.executable} featx.py torch.nn:ReLU --check {tmp_path / 'names.json'} | true; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n"
+
+
+def test_pictures_of_odd_proportions(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for size in ((1, 3000), (3000, 1), (1, 1), (300, 200)):
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "odd.png")
+        assert featx._read_image(str(tmp_path / "odd.png")).shape == (1, 3, 224, 224)
 
 
 def test_warnings_of_others_are_one_line_each(tmp_path: Path) -> None:
