@@ -276,7 +276,8 @@ def create_feature_extractor(
     # 5. Say where the modes differ, and which features are not what they seem.
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
-    _warn_hazards(tracers, features, {mode: cut.overwritten for mode, cut in cuts.items()})
+    if not exact:
+        _warn_hazards(tracers, features, {mode: cut.overwritten for mode, cut in cuts.items()})
     return extractor
 
 
@@ -735,13 +736,17 @@ class _Feature(NamedTuple):
     after: Optional[fx.Node]  # the node after which it is there; None if it is there from the start
 
     @property
+    def is_output(self) -> bool:
+        """Whether it is what the model itself returns."""
+        return self.after is not None and self.after.op == "output"
+
+    @property
     def reads(self) -> List[_Read]:
         """What is read for it, and after which node."""
         if self.after is None:
             return []
-        if self.after.op == "output":
-            return [(self.after, self.after)]
-        return [(node, self.after) for node in _nodes_in(_leaves(self.value))]
+        taken = [self.after] if self.is_output else _nodes_in(_leaves(self.value))
+        return [(node, self.after) for node in taken]
 
 
 def _find_features(tracers: Dict[str, NodePathTracer], mode: str, queries: Iterable[str]) -> Dict[str, _Feature]:
@@ -787,7 +792,7 @@ def _warn_hazards(
     for mode, tracer in tracers.items():
         for query, feature in features[mode].items():
             texts = []
-            if not tracer._exact and _misleads(tracer, query, feature.value):
+            if _misleads(tracer, query, feature.value):
                 texts.append(
                     f"is the value of {_described(tracer, feature.value, query)}, not what the module {query!r} returns"
                 )
@@ -950,7 +955,7 @@ def _memories(operations: Sequence[_Operation]) -> List[int]:
 
 class _Cut(NamedTuple):
     graph: fx.Graph
-    overwritten: Dict[str, fx.Node]  # the queries whose value an operation overwrites, and that operation
+    overwritten: Dict[str, fx.Node]  # the queries whose value, or what it was cloned from, an operation overwrites
 
 
 def _prune(tracer: NodePathTracer, features: Dict[str, _Feature], keys: Dict[str, str]) -> _Cut:
@@ -958,10 +963,10 @@ def _prune(tracer: NodePathTracer, features: Dict[str, _Feature], keys: Dict[str
 
     If the tracer is exact, what is overwritten later is cloned before.
     """
-    graph, exact = tracer.graph, tracer._exact
+    graph = tracer.graph
     features = {query: _with_constants(tracer, query, feature) for query, feature in features.items()}
     plan = _plan(tracer, features.values())
-    clones = {read: _clone_after(graph, *read) for read in plan.overwritten} if exact else {}
+    clones = {read: _clone_after(graph, *read) for read in plan.overwritten} if tracer._exact else {}
     values = {keys[query]: _as_argument(tracer, feature, clones) for query, feature in features.items()}
     for node in reversed(graph.nodes):
         if node in plan.leaving:
@@ -976,12 +981,12 @@ def _prune(tracer: NodePathTracer, features: Dict[str, _Feature], keys: Dict[str
         for read in features[query].reads
         if read in plan.overwritten
     }
-    return _Cut(graph, {} if exact else writers)
+    return _Cut(graph, writers)
 
 
 def _with_constants(tracer: NodePathTracer, query: str, feature: _Feature) -> _Feature:
     """The same feature, in which proxies are nodes, and so are tensors that a module returned as they are."""
-    if isinstance(feature.value, fx.Node) or feature.after is not None and feature.after.op == "output":
+    if isinstance(feature.value, fx.Node) or feature.is_output:
         return feature
     graph = tracer.graph
     following = feature.after.next if feature.after else next(iter(graph.nodes))
@@ -1075,7 +1080,7 @@ def _clone_nested(value: Any) -> Any:
 
 def _as_argument(tracer: NodePathTracer, feature: _Feature, clones: Dict[_Read, fx.Node]) -> Any:
     """A feature's value as an argument of the output node."""
-    if feature.after is not None and feature.after.op == "output":
+    if feature.is_output:
         return feature.value
 
     def final(item: Any) -> Any:
@@ -1149,8 +1154,8 @@ def _describe(
             views = [fetched[_memory_of(_at(tracer.root, str(node.target)))]]
         elif node.op == "call_module" and fetched:  # a module also reads its own parameters and buffers
             module = _at(tracer.root, str(node.target))
-            for tensor in itertools.chain(module.parameters(), module.buffers()):
-                inputs += [fetched[at] for at in [_memory_of(tensor)] if at in fetched]
+            own = itertools.chain(module.parameters(), module.buffers())
+            inputs += [fetched[at] for at in map(_memory_of, own) if at in fetched]
             writes += [fetched[at] for at in map(_memory_of, _updated(module, modes)) if at in fetched]
         kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
         operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
@@ -2166,7 +2171,8 @@ def _features(model: nn.Module, inputs: Optional[torch.Tensor], options: argpars
     if inputs is None:
         return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
     header = ("key", "shape", "dtype", "mean", "std", "min", "max")
-    return _align([header, *([_cell(row.get(column)) for column in header] for row in found)])
+    shown = [{"shape": row["value"], **row} if "value" in row else row for row in found]
+    return _align([header, *([_cell(row.get(column)) for column in header] for row in shown)])
 
 
 def _extractor(model: nn.Module, return_nodes: Dict[str, str], options: argparse.Namespace) -> nn.Module:
@@ -2190,23 +2196,20 @@ def _extractor(model: nn.Module, return_nodes: Dict[str, str], options: argparse
 
 def _items(key: str, value: Any) -> Iterator[Tuple[str, Any]]:
     """A feature, or what is inside of one that is nested, under its key and place."""
+    pairs: List[Tuple[Any, Any]] = []
     if isinstance(value, Mapping):
-        pairs: Iterable[Tuple[Any, Any]] = value.items()
+        pairs = list(value.items())
     elif isinstance(value, (list, tuple)):
-        pairs = enumerate(value)
-    else:
-        pairs = ()
-    empty = True
+        pairs = list(enumerate(value))
     for place, item in pairs:
-        empty = False
         yield from _items(f"{key}[{place}]", item)
-    if empty:
+    if not pairs:
         yield key, value
 
 
 def _statistics(key: str, value: Any) -> Dict[str, Any]:
     if not isinstance(value, torch.Tensor):
-        return {"key": key, "shape": _in_one_line(value)}
+        return {"key": key, "value": _in_one_line(value)}
     row: Dict[str, Any] = {"key": key, "shape": list(value.shape), "dtype": str(value.dtype).replace("torch.", "")}
     if not value.is_meta:
         numbers = _numbers(value).double() if value.numel() else torch.tensor(math.nan)

@@ -435,6 +435,9 @@ def test_features_that_are_no_tensors(odd: Any) -> None:
     assert found["output[none]"] == ["[]"]
     assert found["output[sparse]"] == found["output[plain][0]"]
     assert found["output[plain][1]"] == ["3"]
+    rows = {row["key"]: row for row in json.loads(odd("odd:Nested", "output", "--input", "3,2", "--json").stdout)}
+    assert rows["output[size]"] == {"key": "output[size]", "value": "3"}
+    assert rows["output[sparse]"]["shape"] == [3, 2]
     done = odd("torch.nn:Identity", "output", "--input", "3,2", "--device", "meta")
     assert done.stdout.splitlines()[1].split() == ["output", "3x2", "float32"]
 
