@@ -1715,7 +1715,10 @@ def _is_hidden(module: nn.Module, name: str) -> bool:
     if not any(name in registered for registered in (module._modules, module._parameters, module._buffers)):
         return False
     child = module._modules.get(name)
-    return hasattr(type(module), name) or vars(module).get(name, child) is not child
+    return name in _METHODS or hasattr(type(module), name) or vars(module).get(name, child) is not child
+
+
+_METHODS = ("_train_forward", "_eval_forward")  # what a DualGraphModule may get once its code is there
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,8 +6,17 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# `--hypothesis-profile=ci` and so on. What CI draws is the same each time, so that it fails for what was changed; dev and nightly
+# draw anew. No deadlines: how long torch takes says nothing about featx.
+_common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("dev", _common, max_examples=10)
+settings.register_profile("ci", _common, max_examples=100, derandomize=True, database=None)
+settings.register_profile("nightly", _common, max_examples=4000)
+settings.load_profile("dev")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -1,0 +1,413 @@
+"""Models as plain data, for hypothesis: a plan is drawn, printed when something fails, and built.
+
+A plan is a :class:`Net`. ``build`` makes a module of it, ``record`` runs that module without torch.fx and without
+featx, and notes every operation with a clone of its value: what featx should have found. All values are (2, 4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import nn
+
+from tests import nets
+
+
+class Net(NamedTuple):
+    """A module: its members, what its forward does in turn, and what it returns.
+
+    A member is another Net, the kind of a leaf (a key of ``LEAVES``) or of a tensor (of ``TENSORS``), a tuple of kinds of leaves
+    for a Sequential, or the number of a module that was built before. Operands count back from the newest value.
+    """
+
+    members: Tuple[Tuple[str, Any], ...]
+    steps: Tuple[Tuple[Any, ...], ...]
+    returns: Tuple[str, int] = ("one", 0)
+    arguments: str = "x"
+
+
+# ------------------------------------------------------------------------------ what plans are made of
+
+
+class Scale(nn.Module):
+    """A leaf that is not torch's own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input * 2
+
+
+class Doubling(nn.Module):
+    """The same in place."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.mul_(2)
+
+
+class Silent(nn.Module):
+    """Writes into its input and returns nothing."""
+
+    def forward(self, input: torch.Tensor) -> None:
+        input.add_(1)
+
+
+class Pair(nn.Module):
+    """Returns a tuple, half of which is its input."""
+
+    def forward(self, input: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        return input, input + 1
+
+
+LEAVES: Dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "relu_": lambda: nn.ReLU(inplace=True),
+    "norm": lambda: nn.BatchNorm1d(4),
+    "dropout": lambda: nn.Dropout(1.0),  # in train mode all zeros, whatever the random state is
+    "dropout_": lambda: nn.Dropout(1.0, inplace=True),
+    "identity": nn.Identity,
+    "scale": Scale,
+    "doubling": Doubling,
+    "silent": Silent,
+    "pair": Pair,
+}
+LEAF_CLASSES = (Scale, Doubling, Silent, Pair)
+SCRIPTABLE = ("linear", "sigmoid", "relu", "relu_", "norm", "dropout", "dropout_", "identity", "scale", "doubling")
+
+TENSORS = ("buffer", "unsaved", "parameter")  # "unsaved" is a buffer that is not persistent
+
+# Each a chain of (torch.fx's name for it, function of the value so far and of a second one).
+Chain = Tuple[Tuple[str, Callable[[Any, Any], Any]], ...]
+PURE: Dict[str, Chain] = {
+    "add": (("add", lambda a, b: a + b),),
+    "sigmoid": (("sigmoid", lambda a, b: torch.sigmoid(a)),),
+    "relu": (("relu", lambda a, b: F.relu(a)),),
+    "tanh": (("tanh", lambda a, b: a.tanh()),),
+    "neg": (("neg", lambda a, b: -a),),
+    "sub": (("sub", lambda a, b: torch.sub(a, b, alpha=0.5)),),
+    "where": (("gt", lambda a, b: a > 0), ("where", lambda a, b: torch.where(a, b, 0.5 * torch.ones(4)))),
+    "constant": (("add", lambda a, b: a + torch.tensor([1.0, 2.0, 3.0, 4.0])),),
+    "sort": (("sort", lambda a, b: torch.sort(a, dim=1)), ("getattr", lambda a, b: a.values), ("mul", operator.mul)),
+    "size": (("size", lambda a, b: a.size(0)), ("mul", lambda a, b: b * a)),
+}
+VIEWS: Dict[str, Chain] = {
+    "getitem": (("getitem", lambda a, b: a[:]),),
+    "view": (("view", lambda a, b: a.view(2, 4)),),
+    "twice": (("view", lambda a, b: a.view(-1)), ("unflatten", lambda a, b: a.unflatten(0, (2, 4)))),
+    "transposed": (("t", lambda a, b: a.t()), ("transpose", lambda a, b: a.transpose(0, 1))),
+    "squeeze": (("unsqueeze", lambda a, b: a.unsqueeze(0)), ("squeeze", lambda a, b: torch.squeeze(a, 0))),
+    "dropped": (("dropout", lambda a, b: F.dropout(a, 0.5, False)),),
+    "contiguous": (("contiguous", lambda a, b: a.contiguous()),),
+    "same": (("to", lambda a, b: a.to(torch.float32)),),
+    "detach": (("detach", lambda a, b: a.detach()),),
+}
+WRITES: Dict[str, Chain] = {
+    "add_": (("add_", lambda a, b: a.add_(1)),),
+    "copy_": (("copy_", lambda a, b: a.copy_(b)),),
+    "relu_": (("relu_", lambda a, b: torch.relu_(a)),),
+    "inplace": (("relu", lambda a, b: F.relu(a, inplace=True)),),
+    "position": (("hardtanh", lambda a, b: F.hardtanh(a, -0.1, 0.1, True)),),
+    "column": (("getitem", lambda a, b: a[:, 0]), ("fill_", lambda a, b: a.fill_(7))),
+    "flat": (("view", lambda a, b: a.view(-1)), ("mul_", lambda a, b: a.mul_(3))),
+    "data": (("getattr", lambda a, b: a.data), ("sub_", lambda a, b: a.sub_(1))),
+    "out": (("neg", lambda a, b: torch.neg(b, out=a)),),
+}
+OPERATIONS = {**PURE, **VIEWS, **WRITES}
+CUTTING = {"detach", "data", "copy_", "out", "where", "size", "check", "update"}  # gradients do not pass all of these
+
+Named = NamedTuple("Named", [("first", torch.Tensor), ("second", torch.Tensor)])
+
+
+class Failure(Exception):
+    """What a plan's forward raises if it is told to."""
+
+
+# --------------------------------------------------------------------------------------- building
+
+
+class Entry(NamedTuple):
+    """One thing that eager execution did: an operation, or the call of a module (``own`` is None)."""
+
+    scope: str
+    own: Optional[str]
+    value: Any
+    module: Optional[nn.Module] = None
+
+    @property
+    def is_node(self) -> bool:
+        """Whether torch.fx records it as a node."""
+        return not isinstance(self.module, (Built, nn.Sequential))
+
+
+class Built(nn.Module):
+    """What is built of a plan."""
+
+    def __init__(self, plan: Net) -> None:
+        super().__init__()
+        self._plan = plan
+        self._path = ""
+        self._log: Optional[List[Entry]] = None
+
+    def _run(self, x: Any) -> Any:
+        values = [x]
+        self._take(self._plan.steps, values)
+        kind, operand = self._plan.returns
+        pair = values[-1 - operand % len(values)], values[0]
+        if kind == "one":
+            return pair[0]
+        return {"tuple": pair, "list": list(pair), "dict": dict(zip("ab", pair)), "named": Named(*pair)}[kind]
+
+    def _take(self, steps: Tuple[Any, ...], values: List[Any]) -> None:
+        for kind, *arguments in steps:
+            if kind == "mode":
+                self._take(arguments[0 if self.training else 1], values)
+            else:
+                getattr(self, f"_step_{kind}")(values, *arguments)
+
+    def _note(self, own: str, value: Any) -> Any:
+        if self._log is not None:
+            self._log.append(Entry(self._path, own, nets.snapshot(value)))
+        return value
+
+    def _step_apply(self, values: List[Any], operation: str, first: int, second: int, assigned: bool) -> None:
+        value, other = values[-1 - first % len(values)], values[-1 - second % len(values)]
+        for own, function in OPERATIONS[operation]:
+            value = self._note(own, function(value, other))
+        if assigned and operation not in ("column", "flat"):
+            values.append(value)
+
+    def _step_use(self, values: List[Any], number: int, operand: int, keyword: bool) -> None:
+        if not self._plan.members:
+            return
+        name, plan = self._plan.members[number % len(self._plan.members)]
+        value = values[-1 - operand % len(values)]
+        if plan == "parameter":
+            values.append(self._note("mul", value * self._parameters[name]))
+        elif plan in ("buffer", "unsaved"):
+            values.append(self._note("add", value + self._buffers[name]))
+        else:
+            self._call(self._modules[name], values, value, keyword)
+
+    def _call(self, module: Any, values: List[Any], value: Any, keyword: bool) -> None:
+        argument = "x" if isinstance(module, Built) else "input"
+        result = module(**{argument: value}) if keyword else module(value)
+        if isinstance(module, Pair):
+            values += [self._note("getitem", result[0]), self._note("getitem", result[1])]
+        elif isinstance(result, (tuple, list)):
+            values += result
+        elif isinstance(result, dict):
+            values += result.values()
+        elif not isinstance(module, Silent):
+            values.append(result)
+
+    def _step_update(self, values: List[Any], number: int, operand: int) -> None:
+        """Write into a buffer; what is written must come from the input, else torch.fx does not see it."""
+        names = [name for name, plan in self._plan.members if plan in ("buffer", "unsaved")]
+        if names:
+            mean = self._note("mean", values[-1 - operand % len(values)].mean(0))
+            self._note("add_", self._buffers[names[number % len(names)]].add_(self._note("detach", mean.detach())))
+
+    def _step_split(self, values: List[Any], operand: int) -> None:
+        parts = self._note("chunk", values[-1 - operand % len(values)].chunk(2, 1))
+        halves = [self._note("getitem", parts[1]), self._note("getitem", parts[0])]
+        values.append(self._note("cat", torch.cat(halves, dim=1)))
+
+    def _step_check(self, values: List[Any], operand: int) -> None:
+        shape = self._note("getattr", values[-1 - operand % len(values)].shape)
+        rows = self._note("getitem", shape[0])
+        self._note("_assert", torch._assert(self._note("eq", rows == 2), "two rows"))
+
+    def _step_touch(self, values: List[Any]) -> None:
+        """What a careless forward does to itself."""
+        self._seen = [*getattr(self, "_seen", []), len(values)]
+        self.__dict__.setdefault("_memory", {}).setdefault("values", []).append(values[-1])
+        torch.rand(1)
+
+    def _step_fail(self, values: List[Any], how: str) -> None:
+        if how == "raise":
+            raise Failure("on purpose")
+        if how == "assign":
+            values[-1][0] = 1
+        elif values[-1].sum() > 1e9:
+            values.append(values[0])
+
+
+class BuiltPlain(Built):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self._run(x)
+
+
+class BuiltScaled(Built):
+    def forward(self, x: torch.Tensor, scale: float = 0.5) -> Any:
+        return self._run(self._note("mul", x * scale))
+
+
+class BuiltShifted(Built):
+    def forward(self, x: torch.Tensor, *, shift: float = 1.5) -> Any:
+        return self._run(self._note("add", x + shift))
+
+
+FORWARDS = {"x": BuiltPlain, "scale": BuiltScaled, "shift": BuiltShifted}
+
+
+def build(plan: Net) -> Built:
+    """The module of a plan; always with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _build(plan, [])
+    for path, module in model.named_modules():
+        if isinstance(module, Built):
+            module._path = path
+    return model
+
+
+def _build(plan: Net, built: List[nn.Module]) -> Built:
+    module = FORWARDS[plan.arguments](plan)
+    for name, member in plan.members:
+        if member == "parameter":
+            module.register_parameter(name, nn.Parameter(torch.rand(4)))
+        elif member in TENSORS:
+            module.register_buffer(name, torch.rand(4), persistent=member == "buffer")
+        else:
+            module.add_module(name, _build_module(member, built))
+    built.append(module)
+    return module
+
+
+def _build_module(member: Any, built: List[nn.Module]) -> nn.Module:
+    if isinstance(member, Net):
+        return _build(member, built)
+    if isinstance(member, int):
+        return built[member % len(built)] if built else nn.Identity()
+    leaves = [LEAVES[kind]() for kind in ([member] if isinstance(member, str) else member)]
+    module = leaves[0] if isinstance(member, str) else nn.Sequential(*leaves)
+    built.append(module)
+    return module
+
+
+# --------------------------------------------------------------------------------- eager execution
+
+
+def example_input() -> torch.Tensor:
+    return torch.tensor([[0.5, -1.0, 2.0, -0.05], [-1.5, 0.05, 0.25, 1.0]])
+
+
+class Record(NamedTuple):
+    """What eager execution did, in order, each value as it was when it was there; and what the model returned."""
+
+    entries: List[Entry]
+    output: Any
+
+
+def record(model: Built, training: bool) -> Record:
+    """Run a model in a mode."""
+    log: List[Entry] = []
+    paths = {module: path for path, module in model.named_modules()}
+    x = example_input()
+    arguments = {"x": {}, "scale": {"scale": 0.5}, "shift": {"shift": 1.5}}[model._plan.arguments]
+    for name, value in {"x": x, **arguments}.items():
+        log.append(Entry("", name, nets.snapshot(value)))
+
+    def note(module: nn.Module, args: Any, value: Any) -> None:
+        log.append(Entry(paths[module], None, nets.snapshot(value), module))
+
+    with contextlib.ExitStack() as stack, training_mode(model, training):
+        for module in model.modules():
+            if isinstance(module, Built):
+                module._log = log
+                stack.callback(setattr, module, "_log", None)
+            if module is not model:
+                stack.callback(module.register_forward_hook(note).remove)
+        return Record(log, nets.snapshot(model(x)))
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run in a mode; afterwards the buffers have the values that they had."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+# ------------------------------------------------------------------------------------- strategies
+
+# Names that mean something to somebody: to Python, to torch.fx, to regular expressions, to JSON, or to featx.
+HOSTILE = (
+    *("1", "01", "fc_1", "fc_2", "fc", "fc_1_1", "_1", "_", "x", "x_1", "relu", "relu_1", "add", "add_", "output", "input"),
+    *("a+b", "a(b", "a[0]", "a_b", ".*", "^x$", "a b", " ", "a|b", "\\d", "$", "a:b", "a=b", "self", "class", "None", "lambda"),
+    *("graph", "code", "meta", "_graph", "train_graph", "_train_forward", "_forget", "getattr", "print", "_tensor_constant0"),
+    *('"', "'", '"""', "\n", "\\", "\\n", "#", "a\r", "\t", "\0", "{x}", "{", "%s", "é", "名", "ﬁ", "𝐱", "a\u2028b", "\u202e", "²", "a_٣"),
+    *("breakpoint()", '"+breakpoint()+"', "'+breakpoint()+'", '")\nbreakpoint()#', "\nbreakpoint()\n", "{breakpoint()}", "x\\"),
+)  # fmt: skip
+PLAIN = ("a", "b", "fc_1", "fc_2", "fc", "relu", "add", "x", "a_b", "x_1", "1", "2")
+
+
+def is_possible(name: str) -> bool:
+    """Whether torch.nn takes a name for a member."""
+    return bool(name) and "." not in name and not hasattr(BuiltPlain(Net((), ())), name) and name != "_seen"
+
+
+PLAIN_NAMES = st.sampled_from(PLAIN)
+NAMES = st.one_of(PLAIN_NAMES, st.sampled_from(HOSTILE), st.text(max_size=4)).filter(is_possible)
+
+
+def operands() -> st.SearchStrategy[int]:
+    return st.integers(0, 3)
+
+
+def steps(depth: int = 1, failing: bool = False) -> st.SearchStrategy[Tuple[Any, ...]]:
+    numbers, choices = operands(), st.booleans()
+    use = st.tuples(st.just("use"), numbers, numbers, choices)
+
+    def apply(operations: Dict[str, Chain]) -> st.SearchStrategy[Tuple[Any, ...]]:
+        return st.tuples(st.just("apply"), st.sampled_from(sorted(operations)), numbers, numbers, choices)
+
+    kinds = [use, apply(PURE), use, apply(WRITES), apply(VIEWS)]
+    kinds.append(st.tuples(st.just("split"), numbers))
+    kinds.append(st.tuples(st.just("check"), numbers))
+    kinds.append(st.tuples(st.just("update"), numbers, numbers))
+    if depth:
+        branch = st.lists(steps(0), max_size=3).map(tuple)
+        kinds.append(st.tuples(st.just("mode"), branch, branch))
+    if failing:
+        kinds.append(st.just(("touch",)))
+        kinds.append(st.tuples(st.just("fail"), st.sampled_from(["branch", "assign", "raise"])))
+    return st.one_of(kinds)
+
+
+def members(depth: int, leaves: Tuple[str, ...], named: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    kinds: List[st.SearchStrategy[Any]] = [
+        st.sampled_from(leaves),
+        st.sampled_from(TENSORS),
+        st.integers(0, 5),
+        st.lists(st.sampled_from([leaf for leaf in leaves if leaf not in ("pair", "silent")]), min_size=1, max_size=3).map(tuple),
+    ]
+    if depth:
+        kinds.insert(1, plans(depth - 1, leaves, named))
+    return st.one_of(kinds)
+
+
+def plans(
+    depth: int = 2,
+    leaves: Tuple[str, ...] = tuple(sorted(LEAVES)),
+    named: st.SearchStrategy[str] = NAMES,
+    failing: bool = False,
+) -> st.SearchStrategy[Net]:
+    """Plans of up to depth + 1 nested modules; smaller and plainer ones come first."""
+    return st.builds(
+        Net,
+        st.lists(st.tuples(named, members(depth, leaves, named)), min_size=1, max_size=4, unique_by=operator.itemgetter(0)).map(tuple),
+        st.lists(steps(failing=failing), min_size=2, max_size=8).map(tuple),
+        st.tuples(st.sampled_from(["one", "tuple", "list", "dict", "named"]), operands()),
+        st.sampled_from(["x", "scale", "shift"]),
+    )

@@ -1,0 +1,336 @@
+"""Properties of featx over models that hypothesis draws; what eager execution does is the truth."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import random
+import re
+import sys
+import warnings
+from typing import Any, Dict, List, Sequence, Tuple
+
+import pytest
+import torch
+from hypothesis import assume, event, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests import featx
+from tests.nets import same, snapshot, tensors
+from tests.strategies import (
+    CUTTING,
+    LEAF_CLASSES,
+    PLAIN_NAMES,
+    SCRIPTABLE,
+    Built,
+    Entry,
+    Net,
+    Record,
+    build,
+    example_input,
+    operands,
+    plans,
+    record,
+    training_mode,
+)
+from tests.test_effects import picture
+from tests.test_exact import is_form, slow_exact_names
+from tests.test_names import slow_names
+
+KWARGS = {"leaf_modules": LEAF_CLASSES}
+MODES = (True, False)
+
+
+def names_of(model: nn.Module, exact: bool) -> Tuple[List[str], List[str]]:
+    return featx.get_graph_node_names(model, KWARGS, suppress_diff_warning=True, exact=exact)
+
+
+def extract(model: Built, queries: Any, training: bool, **options: Any) -> nn.Module:
+    """An extractor for one mode, in that mode; what it warns of is another test's."""
+    both = [queries, []] if training else [[], queries]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return featx.create_feature_extractor(model, None, *both, KWARGS, True, **options).train(training)
+
+
+def run(extractor: nn.Module, training: bool) -> Dict[str, Any]:
+    torch.manual_seed(0)
+    with training_mode(extractor, training), torch.no_grad():
+        try:
+            return snapshot(extractor(example_input()))  # before the buffers are put back, which features may be
+        except Exception as error:  # else hypothesis takes each generated file for another place
+            raise AssertionError(f"the extractor fails: {error!r}") from None
+
+
+def eager(plan: Net, training: bool) -> Record:
+    with torch.no_grad():
+        return record(build(plan), training)
+
+
+def slow(plan: Net, log: Sequence[Entry], exact: bool) -> List[str]:
+    """The names of all entries, by the slow implementations."""
+    calls = [(entry.scope, entry.own) for entry in log]
+    if not exact:
+        return slow_names([call for call, entry in zip(calls, log) if entry.is_node])
+    return slow_exact_names([path for path, _ in build(plan).named_modules(remove_duplicate=False) if path], calls)
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+@given(plans(), st.booleans())
+def test_names_are_distinct_and_those_of_the_slow_implementation(plan: Net, exact: bool) -> None:
+    model = build(plan)
+    for training, names in zip(MODES, names_of(model, exact)):
+        assert len(set(names)) == len(names)
+        log = eager(plan, training).entries
+        expected = slow(plan, log, exact)
+        assert names == ([name for name, entry in zip(expected, log) if entry.is_node] if exact else expected)
+    assert names_of(copy.deepcopy(model), exact) == names_of(model, exact)
+
+
+@given(plans())
+def test_names_are_torchvisions_wherever_these_are_distinct(plan: Net) -> None:
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = feature_extraction.get_graph_node_names(build(plan), {"leaf_modules": list(LEAF_CLASSES)})
+    except (IndexError, ValueError, RuntimeError, re.error) as error:  # where its own naming fails
+        event(f"torchvision: {type(error).__name__}")
+        return
+    for their_names, our_names in zip(theirs, names_of(build(plan), exact=False)):
+        if len(set(their_names)) == len(their_names) and not is_misread(their_names):
+            assert our_names == their_names
+
+
+def is_misread(names: List[str]) -> bool:
+    """Whether names mean something else as the regular expressions that torchvision makes of them (D12)."""
+    stems = {re.sub(r"_[0-9]+$", "", name, flags=re.ASCII) for name in names}
+    return any(bool(re.match(rf"{stem}(_[0-9]+)?$", name)) != is_form(name, stem) for stem in stems for name in names)
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def expected_exact(plan: Net, training: bool) -> Dict[str, Any]:
+    """All features and what they should be, in execution order."""
+    entries, output = eager(plan, training)
+    found = dict(zip(slow(plan, entries, exact=True), (entry.value for entry in entries)))
+    return {**found, "output": found.get("output", output)}
+
+
+def assert_same(found: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for key in expected:
+        assert same(found[key], expected[key]), f"{key!r}: {found[key]} is not {expected[key]}"
+
+
+@given(plans(), st.booleans(), st.integers(0, 9))
+def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
+    expected = expected_exact(plan, training)
+    queries, model = random.Random(seed).sample(list(expected), len(expected)), build(plan)
+    assert_same(run(extract(model, queries, training, exact=True), training), expected)
+    for query, value in expected.items():
+        assert_same(run(extract(model, query, training, exact=True), training), {query: value})
+
+
+@given(plans(), st.booleans())
+def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> None:
+    model, (entries, output) = build(plan), eager(plan, training)
+    entries = [entry for entry in entries if entry.is_node]
+    names = slow(plan, entries, exact=False)
+    expected = {name: output if name == "output" else None for name in [*names, "output"]}
+    for query in expected:
+        for name, entry in zip(names, entries):
+            if name == query or name.startswith(query + "."):
+                expected[query] = entry.value
+    for query, value in expected.items():
+        assert_same(run(extract(model, [query], training), training), {query: value})
+    asked = [list(expected), []] if training else [[], list(expected)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        extractor = featx.create_feature_extractor(model, None, *asked, KWARGS, suppress_diff_warning=True)
+    together = run(extractor.train(training), training)
+    said = [str(warning.message) for warning in caught]
+    for query, value in expected.items():
+        warned = any(message.startswith(f"the feature {query!r} ") and "overwritten" in message for message in said)
+        assert warned or same(together[query], value), query
+    assert len(said) == len(set(said))
+
+
+# --------------------------------------------------------------------------------------- what runs
+
+
+def chosen(plan: Net, training: bool, picks: Sequence[int]) -> Tuple[Dict[str, Any], int]:
+    """Some of the exact features, and the position in eager execution of the last of them."""
+    everything = list(expected_exact(plan, training).items())[:-1] or [("x", None)]
+    places = sorted({pick % len(everything) for pick in picks})
+    return dict(everything[place] for place in places), places[-1]
+
+
+PICKS = st.lists(st.integers(0, 30), min_size=1, max_size=3).map(tuple)
+
+
+@given(plans(), st.booleans(), PICKS)
+def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, picks: Tuple[int, ...]) -> None:
+    queries, last = chosen(plan, training, picks)
+    model, entries = build(plan), eager(plan, training).entries
+    before = [entry.scope for entry in entries[: last + 1] if entry.module is not None and entry.is_node]
+    extractor, called = extract(model, list(queries), training, exact=True), []
+    for path, module in model.named_modules():
+        if not isinstance(module, (Built, nn.Sequential)):
+            module.register_forward_hook(lambda module, args, value, path=path: called.append(path))
+    run(extractor, training)
+    remaining = iter(before)
+    assert all(path in remaining for path in called), f"{called} is not a part of {before}"
+
+
+def words_of(plan: Any) -> List[str]:
+    return [plan] if isinstance(plan, str) else [w for part in plan for w in words_of(part)] if isinstance(plan, tuple) else []
+
+
+@given(plans(), st.booleans(), PICKS)
+def test_parameters_are_those_that_get_a_gradient(plan: Net, training: bool, picks: Tuple[int, ...]) -> None:
+    queries, _ = chosen(plan, training, picks)
+    model = build(plan)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        entries = record(model, training).entries
+        values = dict(zip(slow(plan, entries, exact=True), (entry.value for entry in entries)))
+        expected = gradients([values[query] for query in queries], list(names))
+    except RuntimeError:  # eager execution itself writes over what a gradient needs
+        event("no gradients")
+        assume(False)
+    extractor = extract(model, list(queries), training, exact=True)
+    held = set(extractor.parameters())
+    with training_mode(extractor, training):
+        found = gradients(list(extractor(example_input()).values()), list(names))
+    for (parameter, name), of_eager, of_featx in zip(names.items(), expected, found):
+        assert of_eager is None or parameter in held, f"{name} is missing"
+        assert (of_eager is None) == (of_featx is None), f"the gradient of {name}"
+        assert of_eager is None or torch.equal(of_eager, of_featx), f"the gradient of {name}"
+        if CUTTING.isdisjoint(words_of(plan)):
+            assert of_eager is not None or parameter not in held, f"{name} is held and gets no gradient"
+
+
+def gradients(values: List[Any], parameters: List[nn.Parameter]) -> List[Any]:
+    sums = [tensor.sum() for tensor in tensors(values) if tensor.requires_grad]
+    if not (sums and parameters):
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(sum(sums), parameters, allow_unused=True))
+
+
+# ------------------------------------------------------------------------------- the caller's things
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _names_are_no_code() -> Any:
+    """Names that are drawn call breakpoint() if anybody takes them for code."""
+
+    def execute(*args: Any, **kwargs: Any) -> None:
+        raise Executed
+
+    hook, sys.breakpointhook = sys.breakpointhook, execute
+    yield
+    sys.breakpointhook = hook
+
+
+class Executed(BaseException):
+    """Not to be caught by anybody."""
+
+
+DOCUMENTED = (featx.NodeNameError, featx.UntraceableError, ValueError, TypeError)
+QUERIES = st.one_of(
+    st.sampled_from(["output", "x", "", "lay.*", "(", "a.b", "x.", ".", 7, None, ("x", "x"), {"x": "k", "output": "k"}]),
+    st.text(max_size=6),
+)
+ARGUMENTS = st.sampled_from([None, {"x": None}, {"y": 1}, {"scale": 2.0}, [1], {"x": torch.ones(2, 4)}])
+
+
+@given(plans(failing=True), st.booleans(), st.one_of(PICKS, QUERIES), ARGUMENTS, st.booleans(), st.booleans())
+def test_nothing_is_changed_and_all_errors_are_documented(
+    plan: Net, training: bool, asked: Any, concrete_args: Any, exact: bool, auto_leaf: bool
+) -> None:
+    model, kwargs = build(plan).train(training), {"leaf_modules": [*LEAF_CLASSES]}
+    options = {"exact": exact, "auto_leaf": auto_leaf, "concrete_args": concrete_args, "suppress_diff_warning": True}
+    before, filters = picture(model), list(warnings.filters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ignoring = list(warnings.filters)
+        for call in (
+            lambda: featx.get_graph_node_names(model, kwargs, **options),
+            lambda: featx.create_feature_extractor(model, asked, tracer_kwargs=kwargs, **options),
+        ):
+            try:
+                call()
+            except DOCUMENTED as error:
+                event(type(error).__name__)
+                assert str(error)
+            assert warnings.filters == ignoring
+    assert same({**picture(model), "filters": 0}, {**before, "filters": 0})
+    assert warnings.filters == filters
+    assert kwargs == {"leaf_modules": [*LEAF_CLASSES]}
+
+
+# ------------------------------------------------------------------------------------------ copies
+
+
+def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> Tuple[nn.Module, Dict[bool, Dict[str, Any]]]:
+    """An extractor of everything, and what it gives in each mode."""
+    model = build(plan)
+    queries = {mode: list(expected_exact(plan, mode)) for mode in MODES} if exact else {}
+    if not exact:
+        queries = {mode: [*names, "output"] for mode, names in zip(MODES, names_of(model, False))}
+    if only_tensors:
+        for mode in MODES:
+            value = run(extract(model, queries[mode], mode, exact=exact), mode)
+            queries[mode] = [query for query in queries[mode] if isinstance(value[query], torch.Tensor)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        extractor = featx.create_feature_extractor(
+            model, None, queries[True], queries[False], KWARGS, suppress_diff_warning=True, exact=exact
+        )
+    return extractor, {mode: run(extractor, mode) for mode in MODES}
+
+
+def saved_and_loaded(extractor: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(extractor, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@given(plans(), st.booleans())
+def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
+    extractor, expected = in_both_modes(plan, exact)
+    copies = [copy.deepcopy(extractor), copy.copy(extractor), saved_and_loaded(extractor)]
+    copies.append(pickle.loads(pickle.dumps(copy.deepcopy(copies[-1]))))
+    for copied in copies:
+        for mode in (False, True, False):
+            assert_same(run(copied, mode), expected[mode])
+
+
+SCRIPTABLE_PLANS = plans(leaves=SCRIPTABLE, named=PLAIN_NAMES)
+
+
+@settings(max_examples=max(5, settings().max_examples // 5))
+@given(SCRIPTABLE_PLANS, st.booleans())
+def test_a_scripted_extractor_gives_the_same_in_both_modes(plan: Net, exact: bool) -> None:
+    extractor, expected = in_both_modes(plan, exact, only_tensors=True)
+    scripted = torch.jit.script(extractor)
+    for mode in (False, True, False):
+        assert_same(run(scripted, mode), expected[mode])
+
+
+@settings(max_examples=max(5, settings().max_examples // 10))
+@given(SCRIPTABLE_PLANS, st.booleans(), st.booleans())
+def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: bool) -> None:
+    extractor, expected = in_both_modes(plan, exact, only_tensors=True)
+    assume(expected[training])
+    with training_mode(extractor, training):
+        program = torch.export.export(extractor, (example_input(),)).module()
+        with torch.no_grad():
+            assert_same(dict(snapshot(program(example_input()))), expected[training])
