@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-# `--hypothesis-profile=ci` and so on. What CI draws is the same each time, so that it fails for what was changed; dev and nightly
-# draw anew. No deadlines: how long torch takes says nothing about featx.
+# `--hypothesis-profile=ci` and so on. What CI draws is the same each time, so that it fails for what was changed; dev
+# and nightly draw anew. No deadlines: how long torch takes says nothing about featx.
 _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("dev", _common, max_examples=10)
 settings.register_profile("ci", _common, max_examples=100, derandomize=True, database=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ from tests import nets
 class Net(NamedTuple):
     """A module: its members, what its forward does in turn, and what it returns.
 
-    A member is another Net, the kind of a leaf (a key of ``LEAVES``) or of a tensor (of ``TENSORS``), a tuple of kinds of leaves
-    for a Sequential, or the number of a module that was built before. Operands count back from the newest value.
+    A member is another Net, the kind of a leaf (a key of ``LEAVES``) or of a tensor (of ``TENSORS``), a tuple of kinds
+    of leaves for a Sequential, or the number of a module that was built before. Operands count back from the newest
+    value.
     """
 
     members: Tuple[Tuple[str, Any], ...]
@@ -120,7 +121,10 @@ WRITES: Dict[str, Chain] = {
 OPERATIONS = {**PURE, **VIEWS, **WRITES}
 CUTTING = {"detach", "data", "copy_", "out", "where", "size", "check", "update"}  # gradients do not pass all of these
 
-Named = NamedTuple("Named", [("first", torch.Tensor), ("second", torch.Tensor)])
+
+class Named(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
 
 
 class Failure(Exception):
@@ -343,11 +347,16 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 # Names that mean something to somebody: to Python, to torch.fx, to regular expressions, to JSON, or to featx.
 HOSTILE = (
-    *("1", "01", "fc_1", "fc_2", "fc", "fc_1_1", "_1", "_", "x", "x_1", "relu", "relu_1", "add", "add_", "output", "input"),
-    *("a+b", "a(b", "a[0]", "a_b", ".*", "^x$", "a b", " ", "a|b", "\\d", "$", "a:b", "a=b", "self", "class", "None", "lambda"),
-    *("graph", "code", "meta", "_graph", "train_graph", "_train_forward", "_forget", "getattr", "print", "_tensor_constant0"),
-    *('"', "'", '"""', "\n", "\\", "\\n", "#", "a\r", "\t", "\0", "{x}", "{", "%s", "é", "名", "ﬁ", "𝐱", "a\u2028b", "\u202e", "²", "a_٣"),
-    *("breakpoint()", '"+breakpoint()+"', "'+breakpoint()+'", '")\nbreakpoint()#', "\nbreakpoint()\n", "{breakpoint()}", "x\\"),
+    *("1", "01", "fc_1", "fc_2", "fc", "fc_1_1", "_1", "_", "x", "x_1", "relu", "relu_1", "add", "add_"),
+    *("output", "input"),
+    *("a+b", "a(b", "a[0]", "a_b", ".*", "^x$", "a b", " ", "a|b", "\\d", "$", "a:b", "a=b", "self", "class"),
+    *("None", "lambda"),
+    *("graph", "code", "meta", "_graph", "train_graph", "_train_forward", "_forget", "getattr", "print"),
+    *("_tensor_constant0"),
+    *('"', "'", '"""', "\n", "\\", "\\n", "#", "a\r", "\t", "\0", "{x}", "{", "%s", "é", "名", "ﬁ", "𝐱"),
+    *("a\u2028b", "\u202e", "²", "a_٣"),
+    *("breakpoint()", '"+breakpoint()+"', "'+breakpoint()+'", '")\nbreakpoint()#', "\nbreakpoint()\n"),
+    *("{breakpoint()}", "x\\"),
 )  # fmt: skip
 PLAIN = ("a", "b", "fc_1", "fc_2", "fc", "relu", "add", "x", "a_b", "x_1", "1", "2")
 
@@ -390,7 +399,9 @@ def members(depth: int, leaves: Tuple[str, ...], named: st.SearchStrategy[str]) 
         st.sampled_from(leaves),
         st.sampled_from(TENSORS),
         st.integers(0, 5),
-        st.lists(st.sampled_from([leaf for leaf in leaves if leaf not in ("pair", "silent")]), min_size=1, max_size=3).map(tuple),
+        st.lists(
+            st.sampled_from([leaf for leaf in leaves if leaf not in ("pair", "silent")]), min_size=1, max_size=3
+        ).map(tuple),
     ]
     if depth:
         kinds.insert(1, plans(depth - 1, leaves, named))
@@ -406,7 +417,9 @@ def plans(
     """Plans of up to depth + 1 nested modules; smaller and plainer ones come first."""
     return st.builds(
         Net,
-        st.lists(st.tuples(named, members(depth, leaves, named)), min_size=1, max_size=4, unique_by=operator.itemgetter(0)).map(tuple),
+        st.lists(
+            st.tuples(named, members(depth, leaves, named)), min_size=1, max_size=4, unique_by=operator.itemgetter(0)
+        ).map(tuple),
         st.lists(steps(failing=failing), min_size=2, max_size=8).map(tuple),
         st.tuples(st.sampled_from(["one", "tuple", "list", "dict", "named"]), operands()),
         st.sampled_from(["x", "scale", "shift"]),

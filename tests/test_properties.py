@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -13,7 +14,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
 import torch
-from hypothesis import assume, event, example, given, settings
+from hypothesis import Phase, assume, event, example, find, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,15 +23,17 @@ from tests.nets import same, snapshot, tensors
 from tests.strategies import (
     CUTTING,
     LEAF_CLASSES,
+    LEAVES,
+    OPERATIONS,
     PLAIN_NAMES,
     SCRIPTABLE,
+    TENSORS,
     Built,
     Entry,
     Net,
     Record,
     build,
     example_input,
-    operands,
     plans,
     record,
     training_mode,
@@ -75,6 +78,14 @@ def slow(plan: Net, log: Sequence[Entry], exact: bool) -> List[str]:
     if not exact:
         return slow_names([call for call, entry in zip(calls, log) if entry.is_node])
     return slow_exact_names([path for path, _ in build(plan).named_modules(remove_duplicate=False) if path], calls)
+
+
+# What hypothesis found.
+METHODS_OF_AN_EXTRACTOR = Net(
+    (("_train_forward", "doubling"), ("_eval_forward", "buffer")),
+    (("use", 0, 0, True), ("use", 1, 0, False), ("mode", (("apply", "tanh", 0, 0, True),), ())),
+)
+A_BUFFER_AS_A_FEATURE = Net((("a", "buffer"),), (("use", 0, 0, False), ("update", 0, 0)))
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -129,6 +140,9 @@ def assert_same(found: Dict[str, Any], expected: Dict[str, Any]) -> None:
 
 
 @given(plans(), st.booleans(), st.integers(0, 9))
+@example(METHODS_OF_AN_EXTRACTOR, True, 0)
+@example(METHODS_OF_AN_EXTRACTOR, False, 0)
+@example(A_BUFFER_AS_A_FEATURE, True, 0)
 def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
     expected = expected_exact(plan, training)
     queries, model = random.Random(seed).sample(list(expected), len(expected)), build(plan)
@@ -138,6 +152,8 @@ def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, 
 
 
 @given(plans(), st.booleans())
+@example(METHODS_OF_AN_EXTRACTOR, True)
+@example(A_BUFFER_AS_A_FEATURE, False)
 def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> None:
     model, (entries, output) = build(plan), eager(plan, training)
     entries = [entry for entry in entries if entry.is_node]
@@ -189,7 +205,10 @@ def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, pic
 
 
 def words_of(plan: Any) -> List[str]:
-    return [plan] if isinstance(plan, str) else [w for part in plan for w in words_of(part)] if isinstance(plan, tuple) else []
+    """All strings in a plan."""
+    if isinstance(plan, tuple):
+        return [word for part in plan for word in words_of(part)]
+    return [plan] if isinstance(plan, str) else []
 
 
 @given(plans(), st.booleans(), PICKS)
@@ -244,7 +263,9 @@ class Executed(BaseException):
 
 DOCUMENTED = (featx.NodeNameError, featx.UntraceableError, ValueError, TypeError)
 QUERIES = st.one_of(
-    st.sampled_from(["output", "x", "", "lay.*", "(", "a.b", "x.", ".", 7, None, ("x", "x"), {"x": "k", "output": "k"}]),
+    st.sampled_from(
+        ["output", "x", "", "lay.*", "(", "a.b", "x.", ".", 7, None, ("x", "x"), {"x": "k", "output": "k"}]
+    ),
     st.text(max_size=6),
 )
 ARGUMENTS = st.sampled_from([None, {"x": None}, {"y": 1}, {"scale": 2.0}, [1], {"x": torch.ones(2, 4)}])
@@ -260,15 +281,12 @@ def test_nothing_is_changed_and_all_errors_are_documented(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ignoring = list(warnings.filters)
-        for call in (
-            lambda: featx.get_graph_node_names(model, kwargs, **options),
-            lambda: featx.create_feature_extractor(model, asked, tracer_kwargs=kwargs, **options),
+        for function, arguments in (
+            (featx.get_graph_node_names, (model, kwargs)),
+            (featx.create_feature_extractor, (model, asked, None, None, kwargs)),
         ):
-            try:
-                call()
-            except DOCUMENTED as error:
-                event(type(error).__name__)
-                assert str(error)
+            with contextlib.suppress(DOCUMENTED):
+                function(*arguments, **options)
             assert warnings.filters == ignoring
     assert same({**picture(model), "filters": 0}, {**before, "filters": 0})
     assert warnings.filters == filters
@@ -304,6 +322,7 @@ def saved_and_loaded(extractor: nn.Module) -> nn.Module:
 
 
 @given(plans(), st.booleans())
+@example(METHODS_OF_AN_EXTRACTOR, True)
 def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact)
     copies = [copy.deepcopy(extractor), copy.copy(extractor), saved_and_loaded(extractor)]
@@ -334,3 +353,36 @@ def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: 
         program = torch.export.export(extractor, (example_input(),)).module()
         with torch.no_grad():
             assert_same(dict(snapshot(program(example_input()))), expected[training])
+
+
+# ---------------------------------------------------------------------------------- the strategies
+
+
+@pytest.mark.parametrize(
+    "word",
+    [*LEAVES, *TENSORS, *OPERATIONS, "use", "update", "split", "check", "mode", "touch", "branch", "assign", "raise"],
+)
+def test_all_that_a_plan_can_have_is_drawn(word: str) -> None:
+    quick = settings(max_examples=2000, derandomize=True, database=None, phases=[Phase.generate])
+    assert word in words_of(find(plans(failing=True), lambda plan: word in words_of(plan), settings=quick))
+
+
+@given(plans(), st.booleans())
+def test_the_record_is_that_of_an_undisturbed_run(plan: Net, training: bool) -> None:
+    model = build(plan)
+    with torch.no_grad(), training_mode(model, training):
+        output = snapshot(model(example_input()))
+    assert same(eager(plan, training).output, output)
+
+
+def test_a_failure_prints_a_plan_that_can_be_pasted(capsys: Any) -> None:
+    @settings(derandomize=True, database=None, max_examples=500)
+    @given(plans())
+    def fails(plan: Net) -> None:
+        assert "split" not in words_of(plan)
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    printed = "\n".join([capsys.readouterr().out, *getattr(caught.value, "__notes__", [])])
+    pasted = printed[printed.index("plan=") + len("plan=") :].partition("\n)")[0].rstrip(",)")
+    assert "split" in words_of(eval(pasted + ")")), printed
