@@ -44,6 +44,13 @@ class TrainOnly(nn.Module):
         return x * 2
 
 
+class EvalOnly(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and x.sum() < 0:
+            return -x
+        return x * 2
+
+
 class Outer(nn.Module):
     """Fails by itself, and holds something that fails."""
 
@@ -70,6 +77,7 @@ CASES = {
     "one mode": (nn.Sequential(nets.Block(), TrainOnly()), [TrainOnly]),
     "several": (nn.Sequential(Raising(), TrainOnly(), Branching()), [Raising, TrainOnly, Branching]),
     "nested": (nn.Sequential(nets.Block(), Outer()), [Branching, Outer]),
+    "constants of the other mode": (nn.Sequential(Constant(), EvalOnly()), [EvalOnly]),
     "constants before": (nn.Sequential(Constant(), Branching(), Constant()), [Branching]),
 }
 

@@ -203,6 +203,19 @@ def test_check_and_json(tmp_path: Path) -> None:
     assert done.stderr == f"featx: error: {names} was written without --exact\n"
 
 
+def test_check_gives_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, so that the tests of the tests reach it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert featx._main(["torch.nn:ReLU", "--json"]) == 0
+    (tmp_path / "names.json").write_text(capsys.readouterr().out)
+    check = ["--check", str(tmp_path / "names.json")]
+    assert featx._main(["torch.nn:ReLU", *check]) == 0
+    assert featx._main(["torch.nn:Sequential", *check]) == 1
+    assert "-relu\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"train": []}', "\x00"])
 def test_check_against_something_else(content: str, tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(content)

@@ -424,6 +424,21 @@ def test_one_thread_traces_at_a_time() -> None:
     assert results == [expected] * 30
 
 
+def test_a_trace_waits_for_that_of_another_thread() -> None:
+    other = threading.Thread(target=featx.get_graph_node_names, args=(nets.Block(),))
+
+    def forward(self: Any, x: Any) -> Any:
+        if not other.is_alive():
+            other.start()
+        other.join(0.5)
+        assert other.is_alive(), "the other thread traced while this one does"
+        return x + 1
+
+    tracer_names = featx.get_graph_node_names(net(forward))
+    other.join()
+    assert tracer_names.eval == ["x", "add"]
+
+
 def test_a_trace_inside_of_a_trace() -> None:
     """A forward that itself lists names: the lock lets the same thread in again."""
     inner = nets.Block()

@@ -29,7 +29,7 @@ def test_a_typo() -> None:
     with pytest.raises(featx.NodeNameError) as raised:
         extract(nn.Sequential(nets.Block(), nets.Block()), "1.frist")
     error = raised.value
-    assert (error.query, error.mode, error.suggestions[0]) == ("1.frist", "train", "1.first")
+    assert (error.query, error.mode, error.suggestions[:1]) == ("1.frist", "train", ["1.first"])
     assert str(error).startswith(
         "no node of the train graph is named '1.frist' or lies below it. The closest: '1.first', "
     )
@@ -199,6 +199,11 @@ def test_concrete_args() -> None:
 def test_queries_and_keys_are_strings(queries: Any) -> None:
     with pytest.raises(TypeError, match="return_nodes"):
         extract(nn.Sequential(nn.ReLU()), queries)
+
+
+def test_two_queries_under_one_key() -> None:
+    with pytest.raises(ValueError, match="train_return_nodes puts both '0' and '1' under the key 'a'"):
+        featx.create_feature_extractor(nn.Sequential(nn.ReLU(), nn.ReLU()), None, {"0": "a", "1": "a"}, ["0"])
 
 
 def test_a_name_with_a_dot() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import linecache
 import pickle
 import sys
-from typing import Any, Callable, Dict
+import warnings
+from typing import Any, Callable, Dict, List, Set
 
 import pytest
 import torch
@@ -246,6 +249,52 @@ def test_a_graph_that_is_replaced() -> None:
     extractor.graph = copy.deepcopy(extractor.graph)
     assert extractor.eval_graph.owning_module is extractor
     assert list(extractor(X)) == ["add"]
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_graphs_know_their_module(how: str) -> None:
+    extractor = make()
+    for module in (extractor, COPIES[how](extractor)):
+        assert module.train_graph.owning_module is module
+        assert module.eval_graph.owning_module is module
+
+
+def test_containers_are_looked_up_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only leaves cost the detour over nn.Module.__getattr__."""
+    model = net(lambda self, x: self.outer(x), outer=net(lambda self, x: self.inner(x), inner=nets.Block()))
+    extractor = featx.create_feature_extractor(model, ["outer"])
+    looked_up: List[str] = []
+    original = nn.Module.__getattr__
+    monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: looked_up.append(name) or original(self, name))
+    extractor(X)
+    assert {"first", "second"} <= set(looked_up)
+    assert not {"outer", "inner"} & set(looked_up)
+
+
+def test_source_lines_go_with_their_module() -> None:
+    def files() -> Set[str]:
+        gc.collect()
+        return {name for name in linecache.cache if name.startswith("<featx ")}
+
+    before = files()
+    extractor = make()
+    assert len(files() - before) == 3  # forward and one for each mode
+    del extractor
+    assert files() <= before
+
+
+@pytest.mark.parametrize("name", ['a, print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
+def test_the_name_of_a_module_is_never_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = net(lambda self, x: self._modules[name](x) + 1)
+    model.add_module(name, nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            value = featx.create_feature_extractor(model, ["add"])(X)["add"]
+        except (SyntaxError, AttributeError) as error:
+            pytest.fail(f"the name became code: {error!r}")
+    assert torch.equal(value, model(X))
+    assert capsys.readouterr().out == ""
 
 
 def test_dual_graph_module_by_hand() -> None:

@@ -138,7 +138,7 @@ def test_auxiliary_heads_are_gone(name: str, options: Dict[str, Any], query: str
 def test_asserts_before_the_cut_stay_and_those_after_it_go() -> None:
     def forward(self: Any, x: Any) -> Any:
         torch._assert(x.shape[1] == 4, "four features")
-        y = self.first(x)
+        y = self.first(x[:, :4])  # which would take more
         torch._assert(y.shape[0] == 1, "one sample")
         return self.second(y)
 
@@ -357,6 +357,21 @@ def test_an_opaque_leaf_with_an_in_place_part_may_write_its_input() -> None:
     model, x = net(forward, leaf=OpaqueFresh()), torch.rand(9)
     kwargs = {"leaf_modules": [OpaqueFresh]}
     extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs=kwargs)
+    assert torch.equal(extractor(x)["mul"], model(x)[0])
+
+
+halve_ = eval("lambda x: x.mul_(0.5) if x.sum() > -1e9 else x")  # has no source, and fx cannot trace it
+halve_.__name__ = "halve_"
+
+
+def test_the_name_of_an_opaque_function_is_believed() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = x - 0.5
+        z = halve_(y)
+        return y * 2, z
+
+    model, x = net(forward), torch.rand(9)
+    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs={"autowrap_functions": [halve_]})
     assert torch.equal(extractor(x)["mul"], model(x)[0])
 
 
