@@ -566,6 +566,11 @@ def doubled(x: Any) -> Any:
     return x.mul_(2) + 1
 
 
+def item(x: Any) -> Any:
+    x[:, 0] = 7
+    return x * 1
+
+
 def through_a_view(x: Any) -> Any:
     part = x[:, :2]
     part.zero_()
@@ -579,7 +584,7 @@ def where_it_branches(x: Any) -> Any:
     return x * 1
 
 
-@pytest.mark.parametrize("write", [added, doubled, through_a_view, where_it_branches])
+@pytest.mark.parametrize("write", [added, doubled, item, through_a_view, where_it_branches])
 @pytest.mark.parametrize("kind", ["leaf", "function"])
 def test_opaque_calls_that_write_into_their_input(write: Any, kind: str) -> None:
     leaf = type("Leaf", (nn.Module,), {"forward": lambda self, x: write(x)})

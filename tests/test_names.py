@@ -138,6 +138,7 @@ def test_leaf_modules_and_non_leaf_modules() -> None:
     assert "0.first.linear" in opened
     assert "0.first" not in opened
     assert "1" not in opened
+    assert featx.get_graph_node_names(model, {"leaf_modules": nets.Block}).eval == closed
     both = {"leaf_modules": (nets.Block,), "non_leaf_modules": (nets.Block,)}
     assert featx.get_graph_node_names(model, both).eval == plain
 

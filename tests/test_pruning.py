@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import random
 import warnings
 from typing import Any, Dict
@@ -375,6 +376,38 @@ def test_the_name_of_an_opaque_function_is_believed() -> None:
     assert torch.equal(extractor(x)["mul"], model(x)[0])
 
 
+def plainly(write: str) -> Any:
+    """A function with a write in its source that fx cannot trace, and that returns something fresh."""
+    name = f"plainly_{len(linecache.cache)}"
+    source = f"def {name}(x):\n    if x.sum() > -1e9:\n        {write}\n    return x * 1\n"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    exec(compile(source, name, "exec"), globals())
+    return globals()[name]
+
+
+@pytest.mark.parametrize(
+    ("write", "writes"),
+    [
+        ("x[0] = 3", True),
+        ("x[0][:1] += 3", True),
+        ("x += 3", True),
+        ("x.add_(3)", True),
+        ("x.view(-1).add_(3)", True),
+        ("x.data = x * 3", True),
+        ("(x + 1).add_(3)", False),
+        ("x.add(3)", False),
+        ("x = x + 1; x.add_(3)", False),
+        ("y = x[0]", False),
+    ],
+)
+def test_what_the_source_of_an_opaque_function_plainly_writes(write: str, writes: bool) -> None:
+    function = plainly(write)
+    model, x = net(lambda self, x: (globals()[function.__name__](y := x - 0.5), y * 2)), torch.rand(3, 3)
+    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs={"autowrap_functions": [function]})
+    assert [node.name for node in extractor.eval_graph.nodes if node.target is function] == [function.__name__] * writes
+    assert torch.equal(extractor(x)["mul"], model(x)[1])
+
+
 @pytest.mark.zoo
 def test_a_sequence_that_begins_with_a_fresh_value_does_not_write_its_input() -> None:
     """torchvision's convolution blocks end in an in-place activation, but on a value of their own."""
@@ -410,6 +443,16 @@ def test_a_write_into_several_outputs() -> None:
 
 def halves(x: torch.Tensor) -> Any:
     return list(torch.chunk(x, 2))
+
+
+def test_what_sorts_a_list_only_reads_a_tensor() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        y.sort()  # of a list, this would be a write
+        return y * 2
+
+    extractor = featx.create_feature_extractor(net(forward, fc=nn.Linear(4, 4)), ["mul"])
+    assert "sort" not in [node.target for node in extractor.graph.nodes]
 
 
 def test_a_list_that_grows() -> None:
