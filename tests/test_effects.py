@@ -291,6 +291,17 @@ def test_a_buffer_with_nan_is_not_touched() -> None:
     assert model.count.eq(0).all()
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_a_buffer_of_a_type_that_cannot_be_compared() -> None:
+    content = torch.zeros(2, dtype=torch.complex32)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.equal(content, content)
+    model = net(lambda self, x: self.fc(x), fc=nn.Linear(4, 4), odd=content)
+    version = model.odd._version
+    featx.get_graph_node_names(model)
+    assert model.odd._version == version
+
+
 def test_a_tracer_may_be_made_in_one_thread_and_used_in_another() -> None:
     tracer = featx.NodePathTracer()
     thread = threading.Thread(target=tracer.trace, args=(nn.Sequential(nn.Linear(4, 4), nn.ReLU()),))

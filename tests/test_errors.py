@@ -195,6 +195,16 @@ def test_concrete_args() -> None:
         featx.get_graph_node_names(model, concrete_args=[1])
 
 
+def test_concrete_args_for_which_torch_writes_code_that_is_no_python() -> None:
+    """It writes an argument's default into the middle of a call."""
+    model, concrete = net(lambda self, x, pair=None: x + pair["a"]), {"pair": {"a": fx._symbolic_trace.PH}}
+    with pytest.raises(SyntaxError):
+        fx.symbolic_trace(model, concrete)
+    with pytest.raises(ValueError, match=r"torch\.fx writes code for this model that is no Python: ") as raised:
+        extract(model, "output", concrete_args=concrete)
+    assert isinstance(raised.value.__cause__, SyntaxError)
+
+
 @pytest.mark.parametrize("queries", [[("0", "key")], [["0"]], {"0": None}, [None], b"0"])
 def test_queries_and_keys_are_strings(queries: Any) -> None:
     with pytest.raises(TypeError, match="return_nodes"):

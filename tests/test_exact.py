@@ -381,6 +381,14 @@ def test_a_module_that_runs_no_operation() -> None:
         featx.create_feature_extractor(model, ["same"])
 
 
+def test_what_is_there_before_anything_runs() -> None:
+    model = net(lambda self: self.fc(self.inner() * torch.ones(4)), inner=net(lambda self: 3.0), fc=nn.Linear(4, 4))
+    features = exact(model, ["fc", "inner"])()
+    assert list(features) == ["inner", "fc"]
+    assert features["inner"] == 3.0
+    assert torch.equal(features["fc"], model())
+
+
 def test_what_a_graph_cannot_hold() -> None:
     class Odd:
         pass
@@ -502,6 +510,25 @@ def test_the_input_and_tuples_are_cloned_too() -> None:
     assert torch.equal(features["x"], X)
     assert same(tuple(features["chunk"]), X.chunk(2, 1))
     assert torch.equal(features["add"], X[:, :2] * 3 + 1)
+
+
+def test_the_first_of_two_inputs_is_cloned() -> None:
+    features = exact(net(lambda self, x, y: x.mul_(3) + y), ["x", "add"])(X.clone(), X)
+    assert torch.equal(features["x"], X)
+    assert torch.equal(features["add"], X * 3 + X)
+
+
+def test_statistics_are_overwritten_in_train_mode_only() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.norm.running_mean.expand_as(x), self.norm(x)
+
+    model = net(forward, norm=nn.BatchNorm1d(4))
+    for mode in (True, False):
+        said = warned(model.train(mode), ["expand_as", "norm"])[1]
+        assert set(said) == ({"expand_as"} if mode else set())
+        before = model.norm.running_mean.clone()
+        features = run(exact(model, ["expand_as", "norm"]), X)
+        assert torch.equal(features["expand_as"], before.expand_as(X))
 
 
 def test_a_buffer_is_what_it_was() -> None:

@@ -171,12 +171,28 @@ def test_copies_are_independent() -> None:
 def test_targets_that_pickle_cannot_find_by_itself() -> None:
     model = net(
         lambda self, x: (
-            torch.nn.functional.max_pool1d(torch.ops.aten.mul.Tensor(x, 2)[None], 2) + torch.ops.aten.neg(x).sum()
-        )
+            (torch.nn.functional.max_pool1d(torch.ops.aten.mul.Tensor(x, 2)[None], 2) + torch.ops.aten.neg(x).sum())
+            * x.shape[0]
+        )  # which is a call of the builtin getattr
     )
     extractor = featx.create_feature_extractor(model, "output")
     twin = pickle.loads(pickle.dumps(extractor))
     assert torch.equal(twin(X)["output"], model(X))
+
+
+def test_targets_without_a_name_can_be_copied() -> None:
+    extractor = featx.create_feature_extractor(nets.Block(), ["add"])
+    for graph in (extractor.train_graph, extractor.eval_graph):
+        for node in graph.nodes:
+            if node.target is torch.sigmoid:
+                node.target = lambda x: torch.sigmoid(x) * 2
+    before = extractor(X)["add"]
+    extractor.recompile()
+    assert not torch.equal(extractor(X)["add"], before)
+    for how in ("copy", "deepcopy"):
+        assert torch.equal(COPIES[how](extractor)(X)["add"], extractor(X)["add"])
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(extractor)
 
 
 def test_script_follows_the_mode() -> None:
@@ -380,6 +396,17 @@ def test_annotations_that_are_strings_can_be_scripted() -> None:
     assert nets.same(torch.jit.script(extractor)(X, 3.0), extractor(X, 3.0))
 
 
+def test_annotations_that_mean_nothing_at_run_time() -> None:
+    class Annotated(nets.Block):
+        def forward(self, x: OnlyForTypeCheckers) -> Any:  # type: ignore[name-defined]  # noqa: F821
+            return super().forward(x)
+
+    model = Annotated()
+    extractor = featx.create_feature_extractor(model, "output")
+    assert torch.equal(extractor(X)["output"], model(X))
+    assert [node.type for node in extractor.graph.nodes][0] is None
+
+
 def test_attributes_of_containers_come_and_go() -> None:
     extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
     for module in (extractor, getattr(extractor, "0")):
@@ -409,6 +436,15 @@ def test_a_plain_attribute_in_an_edited_graph() -> None:
         output.args = ({"0": scaled},)
     extractor.recompile()
     assert torch.equal(extractor(X)["0"], before * 3)
+
+
+def test_a_number_in_a_graph_by_hand() -> None:
+    graphs = [fx.Graph(), fx.Graph()]
+    for graph in graphs:
+        graph.output(graph.call_function(torch.mul, (graph.placeholder("x"), graph.create_node("get_attr", "scale"))))
+    model = nn.Module()
+    model.scale = 3.0
+    assert torch.equal(featx.DualGraphModule(model, *graphs)(X), X * 3)
 
 
 def test_graphs_must_take_the_same_arguments() -> None:

@@ -128,6 +128,12 @@ def test_tracer_names_follow_execution_order() -> None:
     assert tracer.names == list(tracer.node_to_qualname.values())
 
 
+def test_a_function_can_be_traced() -> None:
+    tracer = featx.NodePathTracer(exact=True)
+    tracer.trace(lambda x: torch.relu(torch.relu(x)) + 1)
+    assert tracer.names == ["x", "relu", "relu_1", "add"]
+
+
 def test_leaf_modules_and_non_leaf_modules() -> None:
     model = nn.Sequential(nets.Block(), nn.Identity())
     plain = featx.get_graph_node_names(model).eval
@@ -194,6 +200,8 @@ def test_what_fx_cannot_open_is_said() -> None:
     ) as raised:
         featx.get_graph_node_names(model, kwargs)
     assert (raised.value.path, raised.value.module_type) == ("0.self_attn", nn.MultiheadAttention)
+    assert "File" not in str(raised.value), "all of it is torch's own source"
+    assert str(raised.value).splitlines()[1].startswith("It was opened")
     assert fast is None or torch.backends.mha.get_fastpath_enabled() is fast
 
 

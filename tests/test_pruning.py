@@ -458,7 +458,9 @@ def test_what_sorts_a_list_only_reads_a_tensor() -> None:
 def test_a_list_that_grows() -> None:
     def forward(self: Any, x: Any) -> Any:
         parts = halves(x)
-        parts.append(x * 2)
+        more = x * 2
+        parts.append(more)
+        more.add_(1)
         return torch.cat(parts)
 
     model, x = net(forward), torch.rand(4)
@@ -545,6 +547,46 @@ def test_embeddings_that_are_renormed() -> None:
     model = net(forward, fc=nn.Linear(4, 4), indices=torch.tensor([0, 2]))
     with torch.no_grad():
         output_equals(model, torch.rand(3, 4))
+
+
+def test_embeddings_that_a_module_renorms() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.embedding(self.indices)
+        return self.fc(x) + self.embedding.weight.sum()
+
+    embedding = nn.Embedding(3, 4, max_norm=0.1)
+    output_equals(net(forward, fc=nn.Linear(4, 4), embedding=embedding, indices=torch.tensor([0, 2])), torch.rand(3, 4))
+
+
+def test_buffers_without_a_storage() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return torch.sparse.mm(self.links, self.fc(x)) + torch.sparse.mm(self.others, x)
+
+    model = net(forward, fc=nn.Linear(4, 4), links=torch.eye(3).to_sparse(), others=torch.eye(3).to_sparse())
+    output_equals(model, torch.rand(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("parts", "writes"),
+    [
+        ([nn.ReLU(inplace=True)], True),
+        ([nn.Identity(), nn.ReLU(inplace=True)], True),
+        ([nn.Flatten(0), nn.Sequential(nn.ReLU(inplace=True))], True),
+        ([nn.Tanh(), nn.ReLU(inplace=True)], False),
+        ([nn.ReLU(), nn.Identity()], False),
+        ([Opaque()], True),
+        ([nn.Tanh(), Opaque()], False),
+    ],
+)
+def test_a_sequence_that_is_a_leaf_writes_what_its_parts_write(parts: list[nn.Module], writes: bool) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = x - 0.5
+        return self.leaf(y), y + 1
+
+    model, x = net(forward, leaf=nn.Sequential(*parts)), torch.rand(3)
+    extractor = featx.create_feature_extractor(model, ["add"], tracer_kwargs={"leaf_modules": [nn.Sequential]})
+    assert torch.equal(extractor(x)["add"], model(x)[1])
+    assert list(extractor._modules) == ["leaf"] * writes
 
 
 def test_a_write_into_a_view_of_a_buffer() -> None:
