@@ -648,6 +648,46 @@ def test_leaves_are_looked_into(leaf: Any, writes: bool) -> None:
     assert len(caught) == int(writes)
 
 
+class OneMode(nn.Module):
+    """Writes into its input in one of the modes."""
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part = x[:, :2]
+        if self.training == self.mode:
+            part.zero_()
+        return x * 1
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_leaves_that_write_in_one_mode(writes: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), OneMode(writes))
+    kwargs = {"leaf_modules": [OneMode]}
+    for mode in (True, False):
+        seen = seen_by_hooks(model.train(mode), X)
+        extractor = exact(model, ["0", "1"], tracer_kwargs=kwargs)
+        assert torch.equal(run(extractor, X)["0"], seen["0"][0])
+        # Whoever freezes the leaf of an extractor has exact features all the same.
+        extractor.get_submodule("1").train(not mode)
+        assert torch.equal(run(extractor, X)["0"], seen["0"][0])
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_leaves_that_write_in_one_mode_stay_for_what_is_read_later(writes: bool) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        z = self.leaf(y)
+        return y + 1, z
+
+    model = net(forward, fc=nn.Linear(4, 4), leaf=OneMode(writes))
+    extractor = featx.create_feature_extractor(model, ["add"], tracer_kwargs={"leaf_modules": [OneMode]})
+    for mode in (True, False):
+        assert torch.equal(run(extractor.train(mode), X)["add"], run(model.train(mode), X)[0])
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_dropout_in_place_writes_in_train_mode_only(p: float) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(p, inplace=True))

@@ -218,7 +218,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
         {"for read in plan.overwritten} if tracer._exact else {}": "for read in ()}"},
     ),
     "a module's last operation for what it returns": (
-        "test_exact.py::test_structures_come_back",
+        "test_exact.py::test_a_module_called_again",
         {"if tracer._exact and query in tracer._returned:": "if False:"},
     ),
     # warnings
@@ -258,9 +258,12 @@ try:
 except ImportError:
     pass
 
-class Failures(list):
+class Failures:
+    def __init__(self):
+        self.seen = []
+
     def pytest_exception_interact(self, node, call, report):
-        self.append((node.nodeid, report.when, type(call.excinfo.value).__name__, str(call.excinfo.value)))
+        self.seen.append((node.nodeid, report.when, type(call.excinfo.value).__name__, str(call.excinfo.value)))
 
 for line in sys.stdin:
     folder, name, *tests = json.loads(line)
@@ -269,11 +272,11 @@ for line in sys.stdin:
         signal.alarm(120)
         os.environ["FEATX"], failures = name, Failures()
         sys.path.insert(0, folder)
-        sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "w")
+        sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "w", buffering=1)
         options = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
         code = int(pytest.main([*options, *tests], plugins=[failures]))
         with open(os.path.join(folder, "result.json"), "w") as file:
-            json.dump([code, failures], file)
+            json.dump([code, failures.seen], file)
         os._exit(0)
     os.waitpid(child, 0)
     print(flush=True)
