@@ -538,10 +538,17 @@ def test_statistics_that_are_read_after_they_were_updated() -> None:
         output_equals(model, torch.rand(3, 4))
 
 
-def test_embeddings_that_are_renormed() -> None:
+@pytest.mark.parametrize(
+    "embed",
+    [
+        lambda indices, weight: F.embedding(indices, weight, max_norm=0.1),
+        lambda indices, weight: F.embedding(indices, weight, None, 0.1),
+    ],
+)
+def test_embeddings_that_are_renormed(embed: Any) -> None:
     def forward(self: Any, x: Any) -> Any:
         y = self.fc(x) * 5
-        F.embedding(self.indices, y, max_norm=0.1)
+        embed(self.indices, y)
         return y + 0
 
     model = net(forward, fc=nn.Linear(4, 4), indices=torch.tensor([0, 2]))
