@@ -291,6 +291,20 @@ def test_a_buffer_with_nan_is_not_touched() -> None:
     assert model.count.eq(0).all()
 
 
+class Incomparable(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.equal, torch.Tensor.eq, torch.Tensor.__eq__):
+            raise TypeError("cannot be compared")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_buffer_of_a_class_that_cannot_be_compared() -> None:
+    model = net(lambda self, x: self.fc(x), fc=nn.Linear(4, 4), odd=torch.zeros(2).as_subclass(Incomparable))
+    assert isinstance(model.odd, Incomparable)
+    assert featx.get_graph_node_names(model).eval == ["x", "fc"]
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_a_buffer_of_a_type_that_cannot_be_compared() -> None:
     content = torch.zeros(2, dtype=torch.complex32)
