@@ -743,8 +743,7 @@ class _Feature(NamedTuple):
     @property
     def reads(self) -> List[_Read]:
         """What is read for it, and after which node."""
-        if self.after is None:
-            return []
+        assert self.after is not None, "what is there from the start has been put into the graph"
         taken = [self.after] if self.is_output else _nodes_in(_leaves(self.value))
         return [(node, self.after) for node in taken]
 
@@ -1900,11 +1899,9 @@ class _Keeper:
     def __init__(self, model: nn.Module) -> None:
         self._containers = _find_containers(model)
         self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._buffers = [
-            (buffer, buffer._version, buffer.detach().clone())
-            for buffer in model.buffers()
-            if not (nn.parameter.is_lazy(buffer) or buffer.is_inference())
-        ]
+        kept = [buffer for buffer in model.buffers() if not (nn.parameter.is_lazy(buffer) or buffer.is_inference())]
+        copies = [(buffer, buffer._version, _copied(buffer)) for buffer in kept]
+        self._buffers = [(buffer, version, content) for buffer, version, content in copies if content is not None]
 
     def note(self) -> Callable[[], None]:
         """Note how the attributes are now; what comes back restores them."""
@@ -1930,6 +1927,14 @@ class _Keeper:
             for buffer, version, content in self._buffers:
                 if buffer._version != version or _differs(buffer, content):
                     buffer.copy_(content)
+
+
+def _copied(buffer: torch.Tensor) -> Optional[torch.Tensor]:
+    """The values of a buffer; None if torch cannot copy them, as those of less than a byte."""
+    try:
+        return buffer.detach().clone()
+    except NotImplementedError:
+        return None
 
 
 def _differs(buffer: torch.Tensor, content: torch.Tensor) -> bool:

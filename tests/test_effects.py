@@ -275,6 +275,16 @@ def test_containers_of_all_sorts() -> None:
     assert len(model.cycle) == 1
 
 
+@pytest.mark.skipif(not hasattr(torch, "uint4"), reason="this torch has no such type")
+def test_a_buffer_that_cannot_be_copied() -> None:
+    model = nets.Block()
+    model.register_buffer("codes", torch.empty(2, dtype=torch.uint4))
+    with pytest.raises(NotImplementedError):
+        model.codes.clone()
+    extractor = featx.create_feature_extractor(model, ["first"])
+    assert torch.equal(extractor(torch.ones(2, 4))["first"], model.first(torch.ones(2, 4)))
+
+
 def test_a_buffer_with_nan_is_not_touched() -> None:
     model = net(lambda self, x: self.fc(x) * self.scale, fc=nn.Linear(4, 4), scale=torch.tensor(float("nan")))
     model.register_buffer("count", torch.zeros(3))
