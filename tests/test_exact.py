@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tests import featx, nets
+from tests.conformance import slow
 from tests.nets import net, same
 
 X = torch.rand(3, 4)
@@ -177,38 +178,6 @@ def test_vits_layer_norms() -> None:
     assert [name for name in mended if name.startswith(f"{first}.ln")] == [f"{first}.ln_1", f"{first}.ln_2"]
 
 
-def slow_exact_names(paths: List[str], calls: List[Any]) -> List[str]:
-    """Rule 5 by another way: a set of what is taken, searched upwards from the last number."""
-    given: List[str] = []
-    taken = set(paths)
-    for scope, own in calls:
-        place = scope if own is None else ".".join(part for part in (scope, own) if part)
-        if own is None and place not in given:
-            given.append(place)
-            continue
-        stem, _, digits = place.rpartition("_")
-        if own is None or not (stem and digits and all(digit in "0123456789" for digit in digits)):
-            stem = place
-        forms = [name for name in given if name not in paths and is_form(name, stem)]
-        number = number_of(forms[-1], stem) + 1 if forms else int(stem in taken)
-        name = f"{stem}_{number}" if number else stem
-        while name in taken:
-            number += 1
-            name = f"{stem}_{number}"
-        given.append(name)
-        taken.add(name)
-    return given
-
-
-def is_form(name: str, stem: str) -> bool:
-    rest = name[len(stem) :] if name.startswith(stem) else "?"
-    return rest == "" or (rest[0] == "_" and rest[1:] != "" and all(digit in "0123456789" for digit in rest[1:]))
-
-
-def number_of(name: str, stem: str) -> int:
-    return int(name[len(stem) + 1 :] or 0)
-
-
 def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
     for _ in range(500):
         pool = ["a", "a_1", "a_2", "a.b", "a.b_1", "a_1.b", "x", "x_1", "x_1_1", "x_3"]
@@ -223,7 +192,7 @@ def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
                 )
         namer = featx._Namer(paths)
         given = [namer.name(*call) for call in calls]
-        assert given == slow_exact_names(paths, calls), (paths, calls)
+        assert given == slow.exact_names(paths, calls), (paths, calls)
         assert len(set(given)) == len(given)
         for path in paths:
             assert all(call == (path, None) for call, name in zip(calls, given) if name == path)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests import featx, nets
+from tests.conformance import slow
 from tests.nets import net
 
 X = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -56,36 +57,13 @@ def test_rules(calls: List[Tuple[str, Optional[str]]], names: List[str]) -> None
     assert names_of(calls) == names
 
 
-def slow_names(calls: List[Tuple[str, Optional[str]]]) -> List[str]:
-    """The rules once more, by another way: look back over all names for the most recent form."""
-    given: List[str] = []
-    for scope, own in calls:
-        stem = ".".join(part for part in (scope, own) if part)
-        if own is None:
-            stem = scope
-        head, _, digits = stem.rpartition("_")
-        if head and digits and all(digit in "0123456789" for digit in digits):
-            stem = head
-        name = stem
-        for earlier in reversed(given):
-            rest = earlier[len(stem) :] if earlier.startswith(stem) else "?"
-            if rest == "" or (rest[0] == "_" and rest[1:] and all(digit in "0123456789" for digit in rest[1:])):
-                number = int(rest[1:] or 0) + 1
-                while f"{stem}_{number}" in given:
-                    number += 1
-                name = f"{stem}_{number}"
-                break
-        given.append(name)
-    return given
-
-
 def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
     for _ in range(300):
         pieces = ["x", "x_1", "x_0", "x_2", "x_1_1", "_1", "a_x", "x_10", "x_00", "1"]
         calls = [(rng.choice(["", "a", "a_1", "a.b"]), rng.choice(pieces)) for _ in range(rng.randrange(40))]
         calls = [(scope, own) if own != "1" or not scope else (scope, None) for scope, own in calls]
         names = names_of(calls)
-        assert names == slow_names(calls), calls
+        assert names == slow.names(calls), calls
         assert len(set(names)) == len(names), calls
 
 
