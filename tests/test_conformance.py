@@ -1,0 +1,503 @@
+"""The vectors for ports: well formed, and right by featx, by a slow way, by real execution and by torchvision."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Tuple
+
+import jsonschema
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import featx, nets
+from tests.conformance import generate, real, slow
+
+FOLDER = Path(__file__).parent / "conformance"
+ZOO = sorted(path.stem for path in (FOLDER / "zoo").glob("*.json"))
+MODES = ("train", "eval")
+ERRORS = {"AttributeError": AttributeError, "ValueError": ValueError, "re.error": re.error}
+
+
+def load(name: str) -> Dict[str, Any]:
+    document: Dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def each(name: str, *, where: Any = lambda vector: True) -> Any:
+    """A test for each vector of a file."""
+    vectors = [vector for vector in load(name)["vectors"] if where(vector)]
+    assert len(vectors) > 10
+    return pytest.mark.parametrize("vector", vectors, ids=[vector["id"] for vector in vectors])
+
+
+def error_name(error: Exception) -> str:
+    return next(name for name, kind in ERRORS.items() if type(error) is kind)
+
+
+def same_pairs(answer: Any, expected: Any) -> bool:
+    """Equal results; the order of queries that mean one node is not laid down."""
+    for mode in MODES:
+        pairs, wanted = answer[mode], expected[mode]
+        if [pair[1] for pair in pairs] != [pair[1] for pair in wanted] or sorted(map(str, pairs)) != sorted(
+            map(str, wanted)
+        ):
+            return False
+    return True
+
+
+def flagged(vector: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+    """torchvision's answer is the vector's, or else it is flagged, with the answer that it is."""
+    own = {key: vector[key] for key in answer if key in vector}
+    if "torchvision" not in vector:
+        assert answer == own
+    else:
+        assert answer != own, "torchvision agrees here, so there is nothing to flag"
+        assert answer == {key: value for key, value in vector["torchvision"].items() if key != "difference"}
+
+
+# --- form ---
+
+
+@pytest.mark.parametrize("name", ["naming", "selection", "pruning", *(f"zoo/{model}" for model in ZOO)])
+def test_a_file_follows_its_schema(name: str) -> None:
+    document = load(name)
+    schema = json.loads((FOLDER / name).parent.joinpath(document["$schema"]).read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(document)
+
+
+@pytest.mark.parametrize("name", ["naming", "selection", "pruning"])
+def test_vectors_are_counted_and_have_ids_of_their_own(name: str) -> None:
+    document = load(name)
+    ids = [vector["id"] for vector in document["vectors"]]
+    assert len(set(ids)) == len(ids) == document["count"]
+    for text in (vector[part] for vector in document["vectors"] for part in ("comment", "reason")):
+        assert text[0].isupper() or not text[0].isascii() or not text[0].isalpha() or "." in text
+        assert text.endswith((".", ";"))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_nodes_of_the_zoo_are_counted(name: str) -> None:
+    document = load(f"zoo/{name}")
+    assert document["model"] == name
+    for mode in MODES:
+        names = [row[0] for row in generate.rows_of(document, mode)]
+        assert len(set(names)) == len(names) == document["count"][mode]
+    assert document["eval"] != document["train"]
+
+
+def test_differences_are_rows_of_the_readme() -> None:
+    rows = set(re.findall(r"^\| (D\d\d) \|", (FOLDER.parent.parent / "README.md").read_text("utf-8"), re.MULTILINE))
+    vectors = [vector for name in ("naming", "selection", "pruning") for vector in load(name)["vectors"]]
+    used = {vector["torchvision"]["difference"] for vector in vectors if "torchvision" in vector}
+    assert {"D01", "D02", "D03", "D10", "D11", "D12", "D13", "D19"} == used - {None}
+    assert used - {None} <= rows
+
+
+# --- naming ---
+
+
+def calls_of(vector: Mapping[str, Any]) -> List[slow.Call]:
+    return [
+        (call["module"], None) if "module" in call else (call["scope"], call["fx_name"]) for call in vector["calls"]
+    ]
+
+
+@each("naming")
+def test_naming(vector: Dict[str, Any]) -> None:
+    paths, calls = vector.get("paths", []), calls_of(vector)
+    namer = featx._Namer(paths)
+    assert [namer.name(*call) for call in calls] == vector["names"]
+    assert (slow.exact_names(paths, calls) if paths else slow.names(calls)) == vector["names"]
+    assert len(set(vector["names"])) == len(calls)
+
+
+class StandIn:
+    """What torchvision's namer looks at of a node."""
+
+    def __init__(self, call: slow.Call) -> None:
+        self.op, self.name = "call_module" if call[1] is None else "call_function", call[1]
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+@each("naming", where=lambda vector: vector["rules"] == "default")
+def test_naming_by_torchvision(vector: Dict[str, Any]) -> None:
+    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+    tracer = theirs.NodePathTracer()
+    try:
+        for call in calls_of(vector):
+            node = StandIn(call)
+            tracer.node_to_qualname[node] = tracer._get_node_qualname(call[0], node)
+    except Exception as error:
+        flagged(vector, {"error": error_name(error)})
+    else:
+        flagged(vector, {"names": list(tracer.node_to_qualname.values())})
+
+
+# --- selection ---
+
+ARGUMENTS = ("return_nodes", "train_return_nodes", "eval_return_nodes")
+
+
+def by_mode(value: Any) -> Dict[str, Any]:
+    """What is given once holds for both modes."""
+    return value if isinstance(value, dict) else dict.fromkeys(MODES, value)
+
+
+def own_answer(vector: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a vector says, with both modes written out."""
+    return {"error": vector["error"]} if "error" in vector else {"result": by_mode(vector["result"])}
+
+
+def by_functions(vector: Mapping[str, Any]) -> Dict[str, Any]:
+    """featx's answer by its functions over strings."""
+    found = {}
+    try:
+        queries = featx._queries_by_mode(*map(vector.get, ARGUMENTS))
+    except ValueError:
+        return {"error": {"kind": "two-queries-one-key"}}
+    for mode, names in by_mode(vector["names"]).items():
+        positions = {
+            **({"output": "output"} if "output" in queries[mode] else {}),
+            **featx._select(names, queries[mode]),
+        }
+        for query in queries[mode]:
+            if query not in positions:
+                return {"error": no_match(query, mode, featx._suggestions(names, query))}
+        ordered = sorted(
+            queries[mode], key=lambda query: (positions[query] == "output", str(positions[query]).zfill(9))
+        )
+        found[mode] = [[queries[mode][query], positions[query]] for query in ordered]
+    return {"result": found}
+
+
+def no_match(query: str, mode: str, suggestions: List[str]) -> Dict[str, Any]:
+    return {"kind": "no-match", "mode": mode, "query": query, "suggestions": suggestions}
+
+
+def by_the_slow_way(vector: Mapping[str, Any]) -> Dict[str, Any]:
+    given = dict.fromkeys(MODES, vector.get("return_nodes"))
+    if given["train"] is None:
+        given = {mode: vector[f"{mode}_return_nodes"] for mode in MODES}
+    found = {}
+    queries: Dict[str, Dict[str, str]] = {}
+    for mode, asked in given.items():
+        asked = [asked] if isinstance(asked, str) else asked
+        queries[mode] = asked if isinstance(asked, dict) else {query: query for query in asked}
+        if len(set(queries[mode].values())) < len(queries[mode]):
+            return {"error": {"kind": "two-queries-one-key"}}
+    for mode, names in by_mode(vector["names"]).items():
+        try:
+            found[mode] = slow.select(names, queries[mode])
+        except slow.NoMatch as error:
+            return {"error": no_match(error.query, mode, error.suggestions)}
+    return {"result": found}
+
+
+@each("selection")
+def test_selection(vector: Dict[str, Any]) -> None:
+    assert by_functions(vector) == own_answer(vector)
+    assert by_the_slow_way(vector) == own_answer(vector)
+
+
+def extract(library: Any, vector: Mapping[str, Any]) -> Dict[str, Any]:
+    """A library's answer by its public function, on a real model that has the names."""
+    names = by_mode(vector["names"])
+    model, kwargs = real.Chain(names), {"leaf_modules": [real.Leaf]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of misleading names and of modes that differ
+        listed = library.get_graph_node_names(model, dict(kwargs))
+        assert dict(zip(MODES, map(list, listed))) == names, "the model is not what it should be"
+        arguments = [copy.deepcopy(vector.get(argument)) for argument in ARGUMENTS]
+        extractor = library.create_feature_extractor(model, *arguments, tracer_kwargs=dict(kwargs))
+    found = {}
+    for mode in MODES:
+        values = extractor.train(mode == "train")(torch.zeros(()))
+        found[mode] = [[key, "output" if isinstance(value, tuple) else int(value)] for key, value in values.items()]
+    return {"result": found}
+
+
+def has_model(vector: Mapping[str, Any]) -> bool:
+    return by_mode(vector["names"])["train"][:1] == ["x"]
+
+
+def test_all_vectors_but_one_have_a_model() -> None:
+    assert [vector["id"] for vector in load("selection")["vectors"] if not has_model(vector)] == ["no-names"]
+
+
+@each("selection", where=has_model)
+def test_selection_on_a_model(vector: Dict[str, Any]) -> None:
+    expected = own_answer(vector)
+    if "result" in expected:
+        assert same_pairs(extract(featx, vector)["result"], expected["result"])
+    elif expected["error"]["kind"] == "two-queries-one-key":
+        with pytest.raises(ValueError, match="under the key"):
+            extract(featx, vector)
+    else:
+        with pytest.raises(featx.NodeNameError, match="no node of the") as raised:
+            extract(featx, vector)
+        error = raised.value
+        assert no_match(error.query, error.mode, error.suggestions) == expected["error"]
+
+
+@each("selection", where=has_model)
+def test_selection_by_torchvision(vector: Dict[str, Any]) -> None:
+    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+    marked = vector.get("torchvision", {})
+    if "result" in marked:
+        vector = {**vector, "torchvision": {**marked, "result": by_mode(marked["result"])}}
+    try:
+        answer = extract(theirs, vector)
+    except Exception as error:
+        is_no_match = type(error) is ValueError and "is not present in model" in str(error)
+        if is_no_match and vector.get("error", {}).get("kind") == "no-match":
+            assert not marked, "torchvision agrees here, so there is nothing to flag"
+        else:
+            flagged({**vector, **own_answer(vector)}, {"error": error_name(error)})
+    else:
+        flagged({**vector, **own_answer(vector)}, answer)
+
+
+# --- pruning ---
+
+
+def operations_of(vector: Mapping[str, Any]) -> List[Any]:
+    return [
+        featx._Operation(*(tuple(node[part]) for part in ("inputs", "writes", "views")), kind=node["kind"])
+        for node in vector["nodes"]
+    ]
+
+
+def reads_of(vector: Mapping[str, Any]) -> List[Tuple[int, int]]:
+    """What is asked for, with the position after which it is taken."""
+    return [(at, at) for at in vector["requested"]] if "requested" in vector else [tuple(r) for r in vector["reads"]]
+
+
+@each("pruning")
+def test_pruning(vector: Dict[str, Any]) -> None:
+    requested = vector.get("requested", [])
+    reads = [] if requested else reads_of(vector)
+    operations, program = operations_of(vector), [slow.Node(**node) for node in vector["nodes"]]
+    expected = {(entry["position"], entry["after"]): entry["by"] for entry in vector["overwritten"]}
+    assert featx._staying(operations, requested, reads) == vector["stays"]
+    assert featx._overwritten(operations, vector["stays"], reads_of(vector)) == expected
+    assert slow.staying(program, requested, reads) == vector["stays"]
+    assert slow.overwritten(program, vector["stays"], reads_of(vector)) == expected
+
+
+PLAIN_ONLY = ["write-that-returns-something-fresh", "value-beside-a-write", "write-into-two-values"]
+
+
+def has_program(vector: Mapping[str, Any]) -> bool:
+    return vector["id"] not in PLAIN_ONLY
+
+
+@pytest.mark.parametrize("name", PLAIN_ONLY)
+def test_what_has_no_operation_of_torch(name: str) -> None:
+    (vector,) = (vector for vector in load("pruning")["vectors"] if vector["id"] == name)
+    with pytest.raises(NotImplementedError, match="no single operation"):
+        real.snapshots(vector["nodes"])
+
+
+def places(graph: fx.Graph, traced: List[str]) -> List[int]:
+    """The positions in the traced graph of the nodes that are left; clones were not there."""
+    return [traced.index(node.name) for node in graph.nodes if node.name in traced and node.op != "output"]
+
+
+def cut(vector: Mapping[str, Any]) -> Tuple[fx.GraphModule, List[int], List[torch.Tensor]]:
+    """The features of a program's reads under their numbers, the nodes that stay, and arguments."""
+    model, arguments = real.program_model(vector["nodes"])
+    tracer = featx.NodePathTracer(exact="reads" in vector)
+    traced = [node.name for node in tracer.trace(model).nodes if node.op != "output"]
+    assert len(traced) == len(vector["nodes"]) == len(tracer.names)
+    reads = reads_of(vector)
+    if all(at == after for at, after in reads):
+        queries = {tracer.names[at]: str(number) for number, (at, _) in enumerate(reads)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is overwritten
+            extractor = featx.create_feature_extractor(model.eval(), queries, exact="reads" in vector)
+        return extractor, places(extractor.eval_graph, traced), arguments
+    nodes, numbers = list(tracer.graph.nodes), map(str, range(len(reads)))
+    features = {number: featx._Feature(nodes[at], nodes[after]) for number, (at, after) in zip(numbers, reads)}
+    graph = featx._prune(tracer, features, {number: number for number in features}).graph
+    return fx.GraphModule(model, graph), places(graph, traced), arguments
+
+
+@each("pruning", where=has_program)
+def test_pruning_by_execution(vector: Dict[str, Any]) -> None:
+    """Values against clones of eager execution; a value is another one exactly if it is said to be overwritten."""
+    extractor, stays, arguments = cut(vector)
+    assert stays == vector["stays"]
+    values = extractor(*arguments)
+    seen = real.snapshots(vector["nodes"])
+    overwritten = [(entry["position"], entry["after"]) for entry in vector["overwritten"]]
+    surely = all(len(node["views"]) < 2 for node in vector["nodes"])
+    assert len(values) == len(reads_of(vector))
+    for number, read in enumerate(reads_of(vector)):
+        equal = torch.equal(values[str(number)], seen[read])
+        if "reads" in vector or read not in overwritten:
+            assert equal, read
+        elif surely:
+            assert not equal, read
+
+
+@each("pruning", where=lambda vector: has_program(vector) and "requested" in vector)
+def test_pruning_by_torchvision(vector: Dict[str, Any]) -> None:
+    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+    model, _ = real.program_model(vector["nodes"])
+    tracer = featx.NodePathTracer()
+    traced = [node.name for node in tracer.trace(model).nodes]
+    extractor = theirs.create_feature_extractor(model, [tracer.names[at] for at in vector["requested"]])
+    flagged(vector, {"stays": places(extractor.eval_graph, traced)})
+
+
+# --- zoo ---
+
+
+def skip_elsewhere() -> None:
+    """The files are those of one pair of versions."""
+    pytest.importorskip("torchvision")
+    here, there = generate.versions(), load("zoo/resnet18")["made_by"]
+    for name in ("torch", "torchvision"):
+        if here[name] != there[name]:
+            pytest.skip(f"the files were made by torch {there['torch']} and torchvision {there['torchvision']}")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_is_as_stored(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    skip_elsewhere()
+    assert generate.main(["--check", name]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out == f"{name}: as stored\n"
+
+
+def test_every_model_that_can_be_traced_has_a_file() -> None:
+    assert len(ZOO) == 107
+    skip_elsewhere()
+    assert set(ZOO) == set(nets.zoo_names()) - set(nets.UNTRACEABLE)
+
+
+def test_all_files_are_of_one_origin() -> None:
+    assert len({json.dumps(load(f"zoo/{name}")["made_by"]) for name in ZOO}) == 1
+
+
+def note(seen: Dict[str, Any], path: str, module: nn.Module, arguments: Any, value: Any) -> None:
+    """A hook that keeps the shape of what the first call returned."""
+    seen.setdefault(path, generate.shape(value))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v3_small", "r3d_18", "resnet18", "swin_t", "vit_b_32"])
+def test_shapes_are_those_of_eager_execution(name: str) -> None:
+    """On a CPU, by hooks; nothing of fx is in it."""
+    skip_elsewhere()
+    model, document = nets.build(name), load(f"zoo/{name}")
+    x = torch.rand(document["input"]["shape"], generator=torch.Generator().manual_seed(0))
+    for mode in MODES:
+        seen: Dict[str, Any] = {}
+        hooks = [
+            module.register_forward_hook(functools.partial(note, seen, path))
+            for path, module in model.train(mode == "train").named_modules()
+        ]
+        with torch.no_grad():
+            model(x)
+        for hook in hooks:
+            hook.remove()
+        called = {row[2]: row[3] for row in reversed(generate.rows_of(document, mode)) if row[1] == "call_module"}
+        assert len(called) > 20
+        assert {path: seen[path] for path in called} == called
+
+
+# --- the generator ---
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of one model's file, alone."""
+    skip_elsewhere()
+    shutil.copy(FOLDER / "zoo" / "alexnet.json", tmp_path)
+    monkeypatch.setattr(generate, "ZOO", tmp_path)
+    return tmp_path / "alexnet.json"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("[2, 64, 23, 23]", "[2, 64, 23, 24]", "changed features.0: shape [2, 64, 23, 24] -> [2, 64, 23, 23]"),
+        (
+            '["features.1", "call_module"',
+            '["features.1", "call_method"',
+            "changed features.1: operation call_method -> ",
+        ),
+        ('["avgpool",', '["pool",', "removed pool (call_module avgpool, shape [2, 256, 6, 6])"),
+        ('["avgpool",', '["pool",', "added avgpool (call_module avgpool, shape [2, 256, 6, 6])"),
+        ('["features.2", "call_module", "features.2", [2, 64, 11, 11]],\n', "", "added features.2 (call_module"),
+        ('"float32"', '"float64"', "input: {'shape': [2, 3, 96, 96], 'dtype': 'float64'} -> "),
+        ('"train": 23', '"train": 24', "the nodes are the same, but the generator writes them otherwise"),
+        ("],\n", "], \n", "the nodes are the same, but the generator writes them otherwise"),
+    ],
+)
+def test_a_check_says_what_changed(
+    stored: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, line: str
+) -> None:
+    text = stored.read_text(encoding="utf-8")
+    assert old in text
+    tampered = text.replace(old, new, 1)
+    stored.write_text(tampered, encoding="utf-8")
+    assert generate.main(["alexnet", "--check"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "alexnet: differs"
+    assert [found for found in printed if line in found], printed
+    assert len(printed) <= 4
+    assert stored.read_text(encoding="utf-8") == tampered
+    assert generate.main(["alexnet"]) == 0
+    assert stored.read_text(encoding="utf-8") == text
+
+
+def test_a_check_says_where_the_order_changed_and_which_mode(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = generate.load("alexnet")
+    rows = document["train"]
+    document["eval"] = [rows[0], rows[2], rows[1], *rows[3:]]
+    stored.write_text(generate.text(document), encoding="utf-8")
+    assert generate.main(["--check", "alexnet"]) == 1
+    assert capsys.readouterr().out == "alexnet: differs\n  eval: features.0 now comes before features.1\n"
+
+
+def test_a_check_is_short(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored.write_text(stored.read_text(encoding="utf-8").replace("[2, ", "[4, "), encoding="utf-8")
+    assert generate.main(["--check", "alexnet"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + 1 + generate.MOST + 1
+    assert re.fullmatch(r"  train and eval: … and \d+ more", printed[-1])
+
+
+def test_models_that_are_gone_and_models_that_are_new(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = stored.rename(stored.with_name("gonenet.json"))
+    assert generate.main(["--check", "gonenet", "alexnet"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "gonenet: differs",
+        "  there is a file, but torchvision has no such model that torch.fx can trace",
+        "alexnet: differs",
+        "  there is no file, but torchvision has this model",
+    ]
+    assert generate.main(["gonenet", "alexnet"]) == 0
+    assert not gone.exists()
+    assert stored.read_bytes() == (FOLDER / "zoo" / "alexnet.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "raft_small", "../naming"])
+def test_what_is_no_model_is_said_in_one_line(stored: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert generate.main([name]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert name in err
