@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 
 def net(forward: Callable[..., Any], **members: Any) -> nn.Module:
@@ -149,11 +150,16 @@ def build(name: str) -> nn.Module:
 
 
 def build_on_meta(name: str) -> nn.Module:
-    """The same without values, which is fast; the RegNets draw theirs with Python's numbers and cannot."""
-    if name.startswith("regnet"):
+    """The same without values, which is fast."""
+    with WeightsOnMeta() if name.startswith("regnet") else torch.device("meta"):
         return build(name)
-    with torch.device("meta"):
-        return build(name)
+
+
+class WeightsOnMeta(TorchFunctionMode):
+    """The meta device for what modules leave empty at first: the RegNets read the values of other tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
 
 
 # One model of each family of torchvision.models, the smallest.
