@@ -30,7 +30,7 @@ class Chain(nn.Module):
         self.paths = {mode: [path_for(name) for name in listed[1:]] for mode, listed in names.items()}
         leaves = {path for listed in self.paths.values() for path in listed}
         for path in sorted(leaves):  # which has "a" before "a.b"
-            module: nn.Module = self
+            module: Any = self
             for depth, part in enumerate(path.split("."), 1):
                 if part not in module._modules:
                     module.add_module(part, Leaf() if ".".join(path.split(".")[:depth]) in leaves else nn.Module())
@@ -92,15 +92,13 @@ def program_model(program: Sequence[Mapping[str, Any]]) -> Tuple[nn.Module, List
     names = "".join(f", x{at}" for at in range(count))
 
     def forward(model: Any, *arguments: Any) -> Any:
-        values = run(program, arguments, lambda place: getattr(model, f"p{place}"))
-        return values[-1]
+        return run(program, arguments, lambda place: getattr(model, f"p{place}"))[-1]
 
     # fx reads the arguments off the code
     signature = eval(f"lambda self{names}: forward(self{names})", {"forward": forward})
-    model = type("Program", (nn.Module,), {"forward": signature})()
-    for place, node in enumerate(program):
-        if node["kind"] == "operation" and not node["inputs"]:
-            model.register_parameter(f"p{place}", nn.Parameter(torch.tensor([0.5]), requires_grad=False))
+    model: nn.Module = type("Program", (nn.Module,), {"forward": signature})()
+    for place in fetched(program):
+        model.register_parameter(f"p{place}", nn.Parameter(torch.tensor([0.5]), requires_grad=False))
     return model, [torch.tensor([float(at + 1)]) for at in range(count)]
 
 
@@ -111,9 +109,10 @@ def snapshots(program: Sequence[Mapping[str, Any]]) -> Dict[Tuple[int, int], tor
     for after in range(len(program)):
         fresh = {place: model.get_parameter(f"p{place}").clone() for place in fetched(program)}
         values = run(program[: after + 1], [argument.clone() for argument in arguments], fresh.__getitem__)
-        seen.update({((place, after)): value for place, value in enumerate(values) if value is not None})
+        seen.update({(place, after): value for place, value in enumerate(values) if value is not None})
     return seen
 
 
 def fetched(program: Sequence[Mapping[str, Any]]) -> List[int]:
+    """The nodes that fetch a parameter."""
     return [place for place, node in enumerate(program) if node["kind"] == "operation" and not node["inputs"]]
