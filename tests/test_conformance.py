@@ -196,17 +196,12 @@ def by_functions(vector: Mapping[str, Any]) -> Dict[str, Any]:
     except ValueError:
         return {"error": {"kind": "two-queries-one-key"}}
     for mode, names in by_mode(vector["names"]).items():
-        positions = {
-            **({"output": "output"} if "output" in queries[mode] else {}),
-            **featx._select(names, queries[mode]),
-        }
+        positions = {"output": len(names), **featx._select(names, queries[mode])}
         for query in queries[mode]:
             if query not in positions:
                 return {"error": no_match(query, mode, featx._suggestions(names, query))}
-        ordered = sorted(
-            queries[mode], key=lambda query: (positions[query] == "output", str(positions[query]).zfill(9))
-        )
-        found[mode] = [[queries[mode][query], positions[query]] for query in ordered]
+        pairs = sorted(((positions[query], key) for query, key in queries[mode].items()), key=lambda pair: pair[0])
+        found[mode] = [[key, "output" if position == len(names) else position] for position, key in pairs]
     return {"result": found}
 
 
@@ -563,6 +558,30 @@ def test_models_that_are_gone_and_models_that_are_new(stored: Path, capsys: pyte
     assert generate.main(["gonenet", "alexnet"]) == 0
     assert not gone.exists()
     assert stored.read_bytes() == (FOLDER / "zoo" / "alexnet.json").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"train": 3}', '{"train": [[]], "eval": "same as train"}'])
+def test_a_file_that_is_none(stored: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    stored.write_text(text, encoding="utf-8")
+    assert generate.main(["--check", "alexnet"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "alexnet: differs"
+    assert printed[1].startswith("  the file is none that the generator writes: ")
+    assert len(printed) == 2
+
+
+def test_a_model_that_cannot_be_traced_any_more(
+    stored: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import AlexNet
+
+    monkeypatch.setattr(AlexNet, "forward", lambda self, x: x if x.sum() > 0 else -x)
+    assert generate.main(["--check", "alexnet"]) == 1
+    assert "  torch.fx cannot trace it any more: UntraceableError: " in capsys.readouterr().out
+    before = stored.read_bytes()
+    assert generate.main(["alexnet"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert stored.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["no_such_model", "raft_small", "../naming"])

@@ -173,11 +173,21 @@ def check(name: str) -> List[str]:
         return ["there is a file, but torchvision has no such model that torch.fx can trace"]
     if name not in stored():
         return ["there is no file, but torchvision has this model"]
-    old, new = load(name), make(name)
-    as_written = text({**new, "made_by": old["made_by"]}) == path_of(name).read_text(encoding="utf-8")
-    return differences(old, new) or (
-        [] if as_written else ["the nodes are the same, but the generator writes them otherwise"]
-    )
+    try:
+        new = make(name)
+    except featx.UntraceableError as error:
+        return [f"torch.fx cannot trace it any more: {first_line(error)}"]
+    try:
+        old = load(name)
+        lines = differences(old, new)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"the file is none that the generator writes: {first_line(error)}"]
+    as_written = text({**new, "made_by": old.get("made_by")}) == path_of(name).read_text(encoding="utf-8")
+    return lines or ([] if as_written else ["the nodes are the same, but the generator writes them otherwise"])
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def write(name: str) -> None:
@@ -192,23 +202,29 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.conformance.generate", description="Write the files of zoo/.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="only these; without any, all")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; say what differs and exit 1 if anything does"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; say what differs, exit 1 if anything does")
     options = parser.parse_args(argv)
-    known = sorted({*models(), *stored()})
-    unknown = [name for name in options.models if name not in known]
-    if unknown:
-        print(f"no model that torch.fx can trace, nor a file: {', '.join(unknown)}", file=sys.stderr)
+    try:
+        known = sorted({*models(), *stored()})
+        unknown = [name for name in options.models if name not in known]
+        if unknown:
+            raise ValueError(f"no model that torch.fx can trace, nor a file: {', '.join(unknown)}")
+        return run(options.models or known, options.check)
+    except (ImportError, OSError, ValueError, featx.UntraceableError) as error:
+        print(first_line(error), file=sys.stderr)
         return 2
+
+
+def run(names: Sequence[str], only_check: bool) -> int:
+    """Write the files, or compare with them; 1 if any differs."""
     failed = False
-    for name in options.models or known:
-        if not options.check:
+    for name in names:
+        if only_check:
+            lines = check(name)
+            print(f"{name}: {'differs' if lines else 'as stored'}", *lines, sep="\n  ", flush=True)
+            failed = failed or bool(lines)
+        else:
             write(name)
-            continue
-        lines = check(name)
-        print(f"{name}: {'differs' if lines else 'as stored'}", *lines, sep="\n  ", flush=True)
-        failed = failed or bool(lines)
     return int(failed)
 
 

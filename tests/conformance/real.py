@@ -7,6 +7,8 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 import torch
 from torch import nn
 
+from tests.conformance.slow import is_number
+
 # --- selection: a model whose nodes have given names, and whose value at each position is the position ---
 
 
@@ -45,7 +47,7 @@ class Chain(nn.Module):
 def path_for(name: str) -> str:
     """The path of a leaf that is given this name: rule 2 removes one number from it."""
     head, _, digits = name.rpartition("_")
-    return f"{name}_0" if head and digits.isdigit() else name
+    return f"{name}_0" if head and is_number(digits) else name
 
 
 # --- pruning: a program of plain data as a model, one operation of torch for each node ---
