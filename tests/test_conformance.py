@@ -262,7 +262,7 @@ def extract(library: Any, vector: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def has_model(vector: Mapping[str, Any]) -> bool:
-    return by_mode(vector["names"])["train"][:1] == ["x"]
+    return bool(by_mode(vector["names"])["train"][:1] == ["x"])
 
 
 def test_all_vectors_but_one_have_a_model() -> None:
