@@ -150,13 +150,13 @@ def build(name: str) -> nn.Module:
 
 
 def build_on_meta(name: str) -> nn.Module:
-    """The same without values, which is fast."""
-    with WeightsOnMeta() if name.startswith("regnet") else torch.device("meta"):
+    """The same with weights that have no values, which is fast."""
+    with WeightsOnMeta():
         return build(name)
 
 
 class WeightsOnMeta(TorchFunctionMode):
-    """The meta device for what modules leave empty at first: the RegNets read the values of other tensors."""
+    """The meta device for what modules leave empty at first; the RegNets read the values of other tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
