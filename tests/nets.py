@@ -156,10 +156,11 @@ def build_on_meta(name: str) -> nn.Module:
 
 
 class WeightsOnMeta(TorchFunctionMode):
-    """The meta device for what modules leave empty at first; the RegNets read the values of other tensors."""
+    """The meta device for what modules make their weights of; the RegNets read the values of other tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        made = func in (torch.empty, torch.ones, torch.zeros)
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if made else {})})
 
 
 # One model of each family of torchvision.models, the smallest.

@@ -175,8 +175,8 @@ def check(name: str) -> List[str]:
         return ["there is no file, but torchvision has this model"]
     try:
         new = make(name)
-    except featx.UntraceableError as error:
-        return [f"torch.fx cannot trace it any more: {first_line(error)}"]
+    except (featx.UntraceableError, RuntimeError) as error:  # some versions of torch cannot do all on the meta device
+        return [f"here it cannot be traced and run: {first_line(error)}"]
     try:
         old = load(name)
         lines = differences(old, new)
@@ -210,7 +210,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if unknown:
             raise ValueError(f"no model that torch.fx can trace, nor a file: {', '.join(unknown)}")
         return run(options.models or known, options.check)
-    except (ImportError, OSError, ValueError, featx.UntraceableError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(first_line(error), file=sys.stderr)
         return 2
 
