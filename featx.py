@@ -763,9 +763,8 @@ def _find_features(tracers: Dict[str, NodePathTracer], mode: str, queries: Itera
         elif query == "output":
             found[query] = _own_output(tracer.graph)
         else:
-            raise NodeNameError(
-                query, mode, _suggestions([*names, *tracer._returned], query), _hint(tracers, mode, query)
-            )
+            known = [*names, *tracer._returned] if tracer._exact else names
+            raise NodeNameError(query, mode, _suggestions(known, query), _hint(tracers, mode, query))
     place = {node: index for index, node in enumerate(tracer.graph.nodes)}
     turn = {name: index for index, name in enumerate(tracer._returned)}  # of modules that return after the same node
     ordered = sorted(found, key=lambda query: (place.get(found[query].after, -1), turn.get(query, -1)))
@@ -851,7 +850,12 @@ def _hint(tracers: Dict[str, NodePathTracer], mode: str, query: str) -> str:
     if first != query:
         return f"It is the same module as {first!r}, after which its calls are named."
     if query in tracer._returned:
-        return "It runs no operation of its own; with exact=True its value is what it returns."
+        calls = (
+            name for node, name in tracer.node_to_qualname.items() if (node.op, node.target) == ("call_module", query)
+        )
+        own = next(calls, None)
+        why = f"Its first call is named {own!r}" if own else "It runs no operation of its own"
+        return f"{why}; with exact=True its value is what it returns."
     called = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
     for path in _prefixes(query):
         if path in called:

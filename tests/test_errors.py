@@ -36,6 +36,18 @@ def test_a_typo() -> None:
     assert str(error).endswith("get_graph_node_names(model) lists all names.")
 
 
+def test_a_module_whose_calls_are_named_otherwise() -> None:
+    model = nets.net(lambda self, x: self.fc_2(self.fc_1(x)), fc_1=nn.Linear(4, 4), fc_2=nn.Linear(4, 4))
+    with pytest.raises(
+        featx.NodeNameError, match="Its first call is named 'fc_1'; with exact=True its value"
+    ) as raised:
+        extract(model, "fc_2")
+    assert raised.value.suggestions == ["fc_1", "fc"]
+    with pytest.raises(featx.NodeNameError) as raised:
+        featx.create_feature_extractor(model, "fc_3", exact=True)
+    assert set(raised.value.suggestions) == {"fc_1", "fc_2"}
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", ["resnet18", "swin_t", "vit_b_32"])
 def test_letters_that_are_swapped_lead_to_the_right_name_first(name: str, rng: random.Random) -> None:
