@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests import featx
+from tests.conformance.slow import exact_names as slow_exact_names
+from tests.conformance.slow import is_form
+from tests.conformance.slow import names as slow_names
 from tests.nets import same, snapshot, tensors
 from tests.strategies import (
     CUTTING,
@@ -39,8 +42,6 @@ from tests.strategies import (
     training_mode,
 )
 from tests.test_effects import picture
-from tests.test_exact import is_form, slow_exact_names
-from tests.test_names import slow_names
 
 KWARGS = {"leaf_modules": LEAF_CLASSES}
 MODES = (True, False)
