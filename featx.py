@@ -970,7 +970,7 @@ def _prune(tracer: NodePathTracer, features: Dict[str, _Feature], keys: Dict[str
     features = {query: _with_constants(tracer, query, feature) for query, feature in features.items()}
     plan = _plan(tracer, features.values())
     clones = {read: _clone_after(graph, *read) for read in plan.overwritten} if tracer._exact else {}
-    values = {keys[query]: _as_argument(tracer, feature, clones) for query, feature in features.items()}
+    values = {keys[query]: _as_argument(tracer, query, feature, clones) for query, feature in features.items()}
     for node in reversed(graph.nodes):
         if node in plan.leaving:
             graph.erase_node(node)
@@ -999,12 +999,8 @@ def _with_constants(tracer: NodePathTracer, query: str, feature: _Feature) -> _F
             return graph.call_function(getattr, (as_argument(item.root), item.attr))
         return item if isinstance(item, fx.Node) else tracer.create_arg(item)
 
-    try:
-        with graph.inserting_before(following):
-            return _Feature(_map_nested(as_argument, feature.value), following.prev)
-    except Exception as error:  # the classes of what is returned are anybody's
-        message = f"what the module {query!r} returned cannot be a feature, ask for what is inside: {error}"
-        raise ValueError(message) from error
+    with _cannot_be_a_feature(query), graph.inserting_before(following):
+        return _Feature(_map_nested(as_argument, feature.value), following.prev)
 
 
 class _Plan(NamedTuple):
@@ -1062,10 +1058,11 @@ def _is_list(node: fx.Node) -> bool:
 
 def _clone(value: torch.Tensor) -> torch.Tensor:
     """What a feature is before it is overwritten; of nested values, all tensors."""
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+    # A tensor at once: torch.export of torch 2.2 cannot follow the rest.
+    if torch.jit.is_scripting() or isinstance(value, torch.Tensor):  # type: ignore[attr-defined]
         return value.clone()
     else:  # noqa: RET505
-        return _clone_nested(value)  # type: ignore[no-any-return]
+        return _clone_nested(value)
 
 
 def _clone_list(value: List[torch.Tensor]) -> List[torch.Tensor]:
@@ -1081,7 +1078,7 @@ def _clone_nested(value: Any) -> Any:
     return _map_nested(lambda item: item.clone() if isinstance(item, torch.Tensor) else item, value)
 
 
-def _as_argument(tracer: NodePathTracer, feature: _Feature, clones: Dict[_Read, fx.Node]) -> Any:
+def _as_argument(tracer: NodePathTracer, query: str, feature: _Feature, clones: Dict[_Read, fx.Node]) -> Any:
     """A feature's value as an argument of the output node."""
     if feature.is_output:
         return feature.value
@@ -1091,7 +1088,17 @@ def _as_argument(tracer: NodePathTracer, feature: _Feature, clones: Dict[_Read, 
             return fx.Proxy(clones.get((item, feature.after or item), item), tracer)
         return item
 
-    return tracer.create_arg(_map_nested(final, feature.value))
+    with _cannot_be_a_feature(query):  # as a dataclass with torch 1.13
+        return tracer.create_arg(_map_nested(final, feature.value))
+
+
+@contextlib.contextmanager
+def _cannot_be_a_feature(query: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the classes of what is returned are anybody's
+        message = f"what the module {query!r} returned cannot be a feature, ask for what is inside: {error}"
+        raise ValueError(message) from error
 
 
 def _map_nested(function: Callable[[Any], Any], value: Any) -> Any:
@@ -1699,6 +1706,10 @@ def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
         code.src = code.src.replace(f"self.{stand_in}", _fetch(module, target))
     if hasattr(graph._codegen, "pytree_info"):
         module._in_spec = graph._codegen.pytree_info.in_spec
+        # Old torch unpacks the output even where nothing packed it.
+        before, start, packed = code.src.rpartition("    return pytree.tree_unflatten(")
+        if start:
+            code.src = f"{before}    return {packed.rpartition(', self._out_spec)')[0]}"
     return code
 
 
