@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -131,13 +132,26 @@ UNTRACEABLE = {
 
 
 def zoo_names() -> list[str]:
-    from torchvision.models import list_models
-
+    """All models of torchvision; where it is absent one stand-in, of which a test says that it is skipped."""
+    try:
+        from torchvision.models import list_models
+    except ImportError:
+        return ["torchvision is absent"]
     return sorted(list_models())
+
+
+def in_zoo(names: Iterable[str]) -> list[str]:
+    """Those that the torchvision that runs has; `test_the_zoo_is_whole` says which may be missing."""
+    return sorted(set(names) & set(zoo_names())) or zoo_names()[:1]
+
+
+def traceable() -> list[str]:
+    return [name for name in zoo_names() if name not in UNTRACEABLE]
 
 
 def build(name: str) -> nn.Module:
     """A model of torchvision's zoo with random weights."""
+    pytest.importorskip("torchvision")
     from torchvision.models import get_model, get_model_builder
 
     parameters = inspect.signature(get_model_builder(name)).parameters

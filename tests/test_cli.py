@@ -13,11 +13,10 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import pytest
 import torch
-import torchvision
 
 from tests import featx
 
@@ -26,8 +25,14 @@ PHOTOGRAPH = ROOT / "tests" / "data" / "grace_hopper.jpg"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    skip_without_torchvision(arguments)
     command = [sys.executable, "-m", "featx", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def skip_without_torchvision(arguments: Sequence[str]) -> None:
+    if any(argument.startswith("torchvision") for argument in arguments):
+        pytest.importorskip("torchvision")
 
 
 def rows(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
@@ -36,11 +41,12 @@ def rows(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
 
 
 def test_features_of_a_photograph() -> None:
+    zoo = pytest.importorskip("torchvision.models")
     table = rows(run("torchvision.models:resnet18", "--image", str(PHOTOGRAPH), "layer1", "layer4=deep"))
     assert table[0] == ["key", "shape", "dtype", "mean", "std", "min", "max"]
     assert [row[:3] for row in table[1:]] == [["layer1", "1x64x56x56", "float32"], ["deep", "1x512x7x7", "float32"]]
     torch.manual_seed(0)
-    model = torchvision.models.resnet18().eval()
+    model = zoo.resnet18().eval()
     with torch.no_grad():
         deep = featx.create_feature_extractor(model, ["layer4"])(featx._read_image(str(PHOTOGRAPH)))["layer4"]
     assert float(table[2][3]) == pytest.approx(float(deep.mean()), rel=1e-3)
@@ -49,29 +55,31 @@ def test_features_of_a_photograph() -> None:
 
 def test_the_photograph_is_prepared_as_torchvisions_presets_do() -> None:
     from PIL import Image
-    from torchvision.transforms._presets import ImageClassification
 
+    presets = pytest.importorskip("torchvision.transforms._presets")
     with Image.open(PHOTOGRAPH) as file:
-        theirs = ImageClassification(crop_size=224)(file.convert("RGB"))
+        theirs = presets.ImageClassification(crop_size=224)(file.convert("RGB"))
     ours = featx._read_image(str(PHOTOGRAPH))[0]
     assert ours.shape == theirs.shape
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_table_of_nodes() -> None:
+    zoo = pytest.importorskip("torchvision.models")
     table = rows(run("torchvision.models:resnet18"))
     assert table[0] == ["name", "operation", "target", "shape", "note"]
     assert table[2] == ["conv1", "call_module", "Conv2d"]
-    assert [row[0] for row in table[1:]] == featx.get_graph_node_names(torchvision.models.resnet18()).eval
+    assert [row[0] for row in table[1:]] == featx.get_graph_node_names(zoo.resnet18()).eval
 
 
 def test_table_with_shapes_and_notes() -> None:
+    zoo = pytest.importorskip("torchvision.models")
     options = ["--kwargs", '{"init_weights": false}', "--input", "1,3,64,64"]
     table = rows(run("torchvision.models:googlenet", *options))
     shapes = {row[0]: row[3] for row in table[1:] if len(row) == 4}
     assert shapes["conv1.conv"] == "1x64x32x32"
     notes = {row[0] for row in table if row[-2:] == ["train", "only"] or ["train", "only,"] in (row[3:5], row[4:6])}
-    names = featx.get_graph_node_names(torchvision.models.googlenet(init_weights=False), suppress_diff_warning=True)
+    names = featx.get_graph_node_names(zoo.googlenet(init_weights=False), suppress_diff_warning=True)
     assert notes == set(names.train) - set(names.eval)
     table = rows(run("torchvision.models:googlenet", "--train", "--kwargs", '{"init_weights": false}'))
     assert [row[0] for row in table[1:]] == names.train
@@ -160,6 +168,7 @@ def test_auto_leaf(tmp_path: Path) -> None:
 
 def test_a_reader_that_has_seen_enough() -> None:
     command = [sys.executable, "-m", "featx", "torchvision.models:resnet18"]
+    skip_without_torchvision(command)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
@@ -177,11 +186,12 @@ def test_help_and_version() -> None:
 
 
 def test_check_and_json(tmp_path: Path) -> None:
+    zoo = pytest.importorskip("torchvision.models")
     names = tmp_path / "names.json"
     done = run("torchvision.models:resnet18", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     names.write_text(done.stdout)
-    expected = featx.get_graph_node_names(torchvision.models.resnet18())
+    expected = featx.get_graph_node_names(zoo.resnet18())
     assert json.loads(done.stdout) == {
         "model": "torchvision.models:resnet18",
         "exact": False,
@@ -256,12 +266,13 @@ def test_notes() -> None:
 
 
 def test_checkpoint(tmp_path: Path) -> None:
-    model = torchvision.models.resnet18(num_classes=10)
+    zoo = pytest.importorskip("torchvision.models")
+    model = zoo.resnet18(num_classes=10)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     options = ["torchvision.models:resnet18", "fc", "--input", "1,3,64,64", "--json"]
     loaded = run(*options, "--kwargs", '{"num_classes": 10}', "--checkpoint", str(tmp_path / "state.pt"))
     torch.manual_seed(0)
-    torchvision.models.resnet18(num_classes=10)  # as the command builds its own before it draws the input
+    zoo.resnet18(num_classes=10)  # as the command builds its own before it draws the input
     expected = model.eval()(torch.rand(1, 3, 64, 64))
     assert json.loads(loaded.stdout)[0]["mean"] == pytest.approx(float(expected.detach().mean()), rel=1e-4)
 
@@ -274,13 +285,14 @@ class Hostile:
 
 
 def test_checkpoints_that_are_none(tmp_path: Path) -> None:
-    model = torchvision.models.resnet18()
+    zoo = pytest.importorskip("torchvision.models")
+    model = zoo.resnet18()
     contents = {
         "model": (model, "Weights only load failed"),
         "hostile": (Hostile(), "Weights only load failed"),
         "nested": ({"state_dict": model.state_dict(), "epoch": 3}, "holds a dict with the keys state_dict, epoch;"),
         "list": ([1], "holds a list; --checkpoint takes a state dict"),
-        "other": (torchvision.models.alexnet().state_dict(), "Error(s) in loading state_dict for ResNet"),
+        "other": (zoo.alexnet().state_dict(), "Error(s) in loading state_dict for ResNet"),
     }
     for name, (content, message) in contents.items():
         torch.save(content, tmp_path / name)
@@ -547,6 +559,7 @@ def test_names_that_the_encoding_lacks(tmp_path: Path) -> None:
 
 def on_a_terminal(arguments: List[str], columns: int = 80, cwd: Path = ROOT, **environment: str) -> str:
     """What a person sees in a terminal of this width."""
+    skip_without_torchvision(arguments)
     child, descriptor = pty.fork()
     if child == 0:
         fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -569,6 +582,7 @@ def without_progress(seen: str) -> str:
 
 
 def test_tables_fit_the_terminal_and_have_a_bold_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo = pytest.importorskip("torchvision.models")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)
     seen = on_a_terminal(["torchvision.models:resnet18"], 60)
@@ -577,7 +591,7 @@ def test_tables_fit_the_terminal_and_have_a_bold_header(monkeypatch: pytest.Monk
     plain = [re.sub(r"\033\[\d*[mK]", "", line) for line in lines]
     assert max(map(len, plain)) <= 60
     assert any("…" in line for line in plain)
-    assert len(plain) == 1 + len(featx.get_graph_node_names(torchvision.models.resnet18()).eval)
+    assert len(plain) == 1 + len(featx.get_graph_node_names(zoo.resnet18()).eval)
     wide = on_a_terminal(["torchvision.models:resnet18"], 200)
     assert "…" not in without_progress(wide)
     for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):

@@ -12,12 +12,12 @@ from typing import Any, Callable, List
 import pytest
 import torch
 from torch import fx, nn
-from torchvision.models import feature_extraction as torchvision
-from torchvision.models import get_model
-from torchvision.ops import Conv2dNormActivation
 
 from tests import featx, nets
 from tests.nets import net
+from tests.versions import older
+
+torchvision = pytest.importorskip("torchvision.models.feature_extraction")
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 LIBRARIES = [torchvision, featx]
@@ -59,7 +59,7 @@ def test_d01_each_query_its_own_last_node() -> None:
 @pytest.mark.zoo
 def test_d02_nothing_runs_after_the_last_requested_node() -> None:
     query = "encoder.layers.encoder_layer_0.mlp"
-    model = get_model("vit_b_16", weights=None).eval()
+    model = nets.build("vit_b_16").eval()
     theirs, ours = both(lambda library: library.create_feature_extractor(model, [query]))
     x = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
@@ -104,9 +104,10 @@ def test_d04_deepcopy_keeps_mode_graphs_and_hooks() -> None:
         return extractor, copy.deepcopy(extractor)
 
     (theirs, their_copy), (ours, our_copy) = both(copied)
-    assert their_copy.training
+    kept = older(torch="2.6")  # the copy's mode, in torch itself; tried on 2.5.1 and 2.14.1
+    assert their_copy.training is not kept
     assert "hooked" not in their_copy(X)
-    assert torch.allclose(their_copy(X)["add"], theirs(X)["add"] - 1)
+    assert torch.allclose(their_copy(X)["add"], theirs(X)["add"] - (0 if kept else 1))
     assert not our_copy.training
     assert our_copy(X)["hooked"] == 1
     assert torch.equal(our_copy(X)["add"], ours(X)["add"])
@@ -387,8 +388,8 @@ def test_d19_the_models_own_output() -> None:
 
 
 def test_d20_modules_of_torchvision_can_be_opened() -> None:
-    model = nn.Sequential(Conv2dNormActivation(3, 4))
-    kwargs = {"non_leaf_modules": [Conv2dNormActivation]}
+    block = pytest.importorskip("torchvision.ops").Conv2dNormActivation
+    model, kwargs = nn.Sequential(block(3, 4)), {"non_leaf_modules": [block]}
     with pytest.raises(TypeError):
         torchvision.get_graph_node_names(model, dict(kwargs))
     assert torchvision.get_graph_node_names(model)[1] == featx.get_graph_node_names(model).eval == ["input", "0"]

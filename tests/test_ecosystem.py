@@ -22,11 +22,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 from tests import featx, nets
+from tests.versions import needs
 
 # fully_shard became public with torch 2.6; the tools that all of this is about change with each release.
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch.distributed.fsdp.fully_shard: torch 2.6"
-)
+pytestmark = needs("torch.distributed.fsdp.fully_shard", torch="2.6")
+if pytestmark.args[0]:
+    pytest.skip(pytestmark.kwargs["reason"], allow_module_level=True)
 
 OPTIONS: List[Dict[str, Any]] = [{}, {"exact": True}]
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
@@ -72,9 +73,9 @@ def blocks() -> nn.Module:
 
 
 def small_vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(image_size=32, patch_size=16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64)
+    return pytest.importorskip("torchvision.models").VisionTransformer(
+        image_size=32, patch_size=16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64
+    )
 
 
 def eager(model: nn.Module, paths: Mapping[str, str], x: torch.Tensor, clone: bool = True) -> Values:
@@ -217,7 +218,7 @@ def test_jit_trace_and_freeze(extract: Extract) -> None:
 
 @pytest.mark.parametrize("build", [blocks, functools.partial(nets.build, "resnet18"), small_vit])
 def test_onnx(extract: Extract, build: Callable[[], nn.Module], tmp_path: Path) -> None:
-    import onnxruntime
+    onnxruntime = pytest.importorskip("onnxruntime")
 
     model = build().eval()
     paths = RESNET
@@ -289,14 +290,14 @@ def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str,
 
 
 def test_safetensors(extract: Extract, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    safetensors = pytest.importorskip("safetensors.torch")
 
     model, other = Branches(), Branches()
     run(model.train(), X)  # statistics that are not those of a new model
-    save_file(extract(model, MODES).state_dict(), tmp_path / "extractor.safetensors")
+    safetensors.save_file(extract(model, MODES).state_dict(), tmp_path / "extractor.safetensors")
     extractor = extract(other, MODES)
     assert differ(run(extractor.eval(), X), eager(model.eval(), MODES, X))
-    extractor.load_state_dict(load_file(tmp_path / "extractor.safetensors"))
+    extractor.load_state_dict(safetensors.load_file(tmp_path / "extractor.safetensors"))
     for mode in (False, True):
         model.train(mode)
         extractor.train(mode)
@@ -310,14 +311,14 @@ def tied() -> nn.Module:
 
 
 def test_safetensors_of_tied_weights(extract: Extract, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, load_model, save_model
+    safetensors = pytest.importorskip("safetensors.torch")
 
     model, file = tied(), str(tmp_path / "extractor.safetensors")
-    save_model(extract(model, BLOCKS), file)
-    assert len({"0.first.weight", "1.first.weight"} & set(load_file(file))) == 1
+    safetensors.save_model(extract(model, BLOCKS), file)
+    assert len({"0.first.weight", "1.first.weight"} & set(safetensors.load_file(file))) == 1
     extractor = extract(tied(), BLOCKS)
     assert differ(extractor(X), eager(model, BLOCKS, X))
-    assert load_model(extractor, file) == (set(), [])
+    assert safetensors.load_model(extractor, file) == (set(), [])
     assert nets.same(extractor(X), eager(model, BLOCKS, X))
     assert extractor.get_parameter("0.first.weight") is extractor.get_parameter("1.first.weight")
 
@@ -824,9 +825,9 @@ def _weights_only(module: nn.Module, file: Path) -> None:
 
 
 def _save_tied(module: nn.Module, file: Path) -> None:
-    from safetensors.torch import save_file
+    safetensors = pytest.importorskip("safetensors.torch")
 
-    save_file(module.state_dict(), file)
+    safetensors.save_file(module.state_dict(), file)
 
 
 def _stack(module: nn.Module, file: Path) -> None:

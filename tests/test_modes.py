@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from tests import featx, nets
 from tests.nets import net
+from tests.versions import needs
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 BOTH = {"body": "b", "head": "h", "output": "o"}
@@ -209,9 +210,7 @@ def test_script_follows_the_mode() -> None:
     assert nets.same(run(torch.jit.load(buffer)), run(extractor.eval()))
 
 
-@pytest.mark.skipif(
-    not hasattr(torch, "compile") or sys.version_info < (3, 9), reason="torch.compile came with torch 2.0"
-)
+@needs("torch.compile", torch="2.0")
 def test_compile_follows_the_mode() -> None:
     model = nets.Modes()
     extractor = make(model)
@@ -227,7 +226,7 @@ def test_compile_follows_the_mode() -> None:
     assert nets.same(torch.compile(same, backend="eager")(X), same(X))
 
 
-@pytest.mark.skipif(not hasattr(torch, "export"), reason="torch.export came with torch 2.1")
+@needs("torch.export", torch="2.1")
 @pytest.mark.parametrize("mode", [True, False])
 def test_export_takes_the_mode_it_finds(mode: bool) -> None:
     extractor = featx.create_feature_extractor(

@@ -10,14 +10,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Dict, List, Tuple
 
 import pytest
+import torch
 
 from tests import featx
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [(text, BLOCKS[i + 1]) for i, (kind, text) in enumerate(BLOCKS) if kind == "python"]
 COMMANDS = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
 TOX = [line for line in COMMANDS if "tox" in line]
 
@@ -28,9 +31,8 @@ def test_blocks_were_found() -> None:
     assert len(COMMANDS) == 4
 
 
-def test_python_blocks_print_what_the_readme_says() -> None:
-    namespace: dict[str, object] = {}  # one for all: a reader runs them one after the other
-    pairs = [(text, BLOCKS[i + 1]) for i, (kind, text) in enumerate(BLOCKS) if kind == "python"]
+def run(pairs: List[Tuple[str, Tuple[str, str]]], namespace: Dict[str, Any]) -> None:
+    """In one namespace for all: a reader runs them one after the other."""
     for text, (kind, expected) in pairs:
         assert kind == "", "an output follows each block of Python"
         printed = io.StringIO()
@@ -39,9 +41,22 @@ def test_python_blocks_print_what_the_readme_says() -> None:
         assert printed.getvalue() == expected
 
 
+def test_python_blocks_print_what_the_readme_says() -> None:
+    pytest.importorskip("torchvision")
+    run(PYTHON, {})
+
+
+def test_python_blocks_without_torchvision() -> None:
+    alone = [pair for pair in PYTHON if "torchvision" not in pair[0]]
+    assert len(alone) >= 2
+    run(alone, {"featx": featx, "torch": torch})
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line not in TOX])
 def test_commands_of_featx(command: str) -> None:
     arguments = shlex.split(command)
+    if "torchvision" in command:
+        pytest.importorskip("torchvision")
     assert arguments[:3] == ["python", "-m", "featx"]
     done = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -56,6 +71,7 @@ def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
     configuration.read(ROOT / "tox.ini")
     command = shlex.split(configuration["testenv:demo"]["commands"].replace("{toxinidir}", str(ROOT)))
     assert command[:3] == ["python", "-m", "featx"]
+    pytest.importorskip("torchvision")
     done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["key", "layer1", "deep"]

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
+from tests.versions import needs
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -50,9 +50,8 @@ def test_the_file_works_alone(tmp_path: Path) -> None:
     assert (done.stderr, done.stdout) == ("", "works\n")
 
 
+@needs("sys.stdlib_module_names", python="3.10")
 def test_the_file_imports_the_standard_library_and_torch() -> None:
-    if sys.version_info < (3, 10):
-        pytest.skip("the list of the standard library's modules came with Python 3.10")
     imported = set()
     for node in ast.walk(ast.parse((ROOT / "featx.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

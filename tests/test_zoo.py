@@ -5,23 +5,25 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torchvision
-from torchvision.models import feature_extraction as theirs
 
 from tests import featx, nets
+from tests.versions import older
 
-pytestmark = pytest.mark.zoo
+theirs = pytest.importorskip("torchvision.models.feature_extraction")
+
+pytestmark = [pytest.mark.zoo, pytest.mark.names]
 ZOO = nets.zoo_names()
 
 
 def test_the_zoo_is_whole() -> None:
-    assert set(nets.UNTRACEABLE) <= set(ZOO)
+    video = {"swin3d_b", "swin3d_s", "swin3d_t"} if older(torchvision="0.15") else set()
+    assert {*nets.UNTRACEABLE, *nets.FAMILIES} - set(ZOO) == video & set(nets.FAMILIES)
     assert len(nets.UNTRACEABLE) == 14
-    if torchvision.__version__.startswith("0.29."):
-        assert len(ZOO) == 121
+    if not older(torchvision="0.29.1"):
+        assert len(ZOO) == 121 - len(video)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in nets.UNTRACEABLE])
+@pytest.mark.parametrize("name", nets.traceable())
 def test_names_equal_torchvisions(name: str) -> None:
     model = nets.build_on_meta(name)
     with warnings.catch_warnings():
