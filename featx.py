@@ -1885,7 +1885,7 @@ def _unchanged(model: nn.Module) -> Iterator["_Keeper"]:
 
 @contextlib.contextmanager
 def _without_fast_attention() -> Iterator[None]:
-    """Let nn.TransformerEncoderLayer take the way that can be traced, where torch (since 2.1) lets one choose."""
+    """Let nn.TransformerEncoderLayer take the way that can be traced, where torch (2.5, not 2.2) lets one choose."""
     switch = getattr(torch.backends, "mha", None)
     if switch is None:
         yield

@@ -23,7 +23,7 @@ def test_positions_are_torchvisions(name: str) -> None:
     assert list(ours)[: len(theirs)] == list(theirs)
     for parameter in theirs:
         assert ours[parameter].default == theirs[parameter].default
-    later = ["concrete_args"] if older(torchvision="0.19") and not name.startswith("_") else []
+    later = ["concrete_args"] if older(torchvision="0.20") and not name.startswith("_") else []
     more = [name for name in ours if ours[name].kind is not inspect.Parameter.KEYWORD_ONLY][len(theirs) :]
     assert more == later
 

@@ -104,7 +104,7 @@ def test_d04_deepcopy_keeps_mode_graphs_and_hooks() -> None:
         return extractor, copy.deepcopy(extractor)
 
     (theirs, their_copy), (ours, our_copy) = both(copied)
-    kept = older(torch="2.6")  # the copy's mode, in torch itself; tried on 2.5.1 and 2.14.1
+    kept = older(torch="2.14")  # the copy's mode, in torch itself
     assert their_copy.training is not kept
     assert "hooked" not in their_copy(X)
     assert torch.allclose(their_copy(X)["add"], theirs(X)["add"] - (0 if kept else 1))
@@ -144,7 +144,8 @@ def test_d06_the_mode_is_looked_up_at_each_call() -> None:
     assert both(lambda library: step(library, by_hand)) == [0, 1]
     assert both(lambda library: step(library, scripted)) == [0, 1]
     if hasattr(torch, "compile"):
-        assert both(lambda library: step(library, compiled)) == [0, 1]
+        followed = int(older(torch="2.5"))  # torch.compile then found out by itself
+        assert both(lambda library: step(library, compiled)) == [followed, 1]
 
 
 def test_d07_modes_are_restored() -> None:

@@ -148,7 +148,7 @@ def test_what_is_inside_of_torchvisions_modules_can_be_asked_for() -> None:
     seen.clear()
 
 
-@fails_before(featx.UntraceableError, "the layer's fast way cannot be switched off", torch="2.4")
+@fails_before(featx.UntraceableError, "the layer's fast way cannot be switched off", torch="2.5")
 @pytest.mark.parametrize("mode", [True, False])
 def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> None:
     torch.manual_seed(0)
@@ -178,7 +178,7 @@ def test_what_fx_cannot_open_is_said() -> None:
         featx.UntraceableError, match="opened by non_leaf_modules, without which it is one op"
     ) as raised:
         featx.get_graph_node_names(model, kwargs)
-    if older(torch="2.4"):  # the layer itself cannot be opened
+    if older(torch="2.5"):  # the layer itself cannot be opened
         assert (raised.value.path, raised.value.module_type) == ("0", nn.TransformerEncoderLayer)
     else:
         assert (raised.value.path, raised.value.module_type) == ("0.self_attn", nn.MultiheadAttention)

@@ -1,4 +1,7 @@
-"""What a test needs of Python, torch and torchvision. The reason why one does not run is itself checked."""
+"""What a test needs of Python, torch and torchvision. The reason why one does not run is itself checked.
+
+Where it is not known which version brought something, the limit is the oldest of tox's environments that has it.
+"""
 
 from __future__ import annotations
 
