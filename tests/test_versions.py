@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,18 @@ ROOT = Path(__file__).parent.parent
 TOX = configparser.ConfigParser(interpolation=None)
 TOX.read(ROOT / "tox.ini")
 ENVIRONMENTS = ["oldest", "between1", "between2", "newest", "alone"]
+IN_TOX = pytest.mark.skipif(os.environ.get("TOX_ENV_NAME") not in ENVIRONMENTS, reason="not in tox's environments")
+
+
+def section(environment: str) -> dict[str, str]:
+    return {**TOX["testenv"], **TOX[f"testenv:{environment}"]}
 
 
 def pinned(environment: str) -> dict[str, str]:
     """What tox installs: Python, torch and torchvision."""
-    section = {**TOX["testenv"], **TOX[f"testenv:{environment}"]}
-    pins = dict(line.split("==") for line in section["deps"].split() if "==" in line)
-    return {"python": section["base_python"].replace("python", ""), "torchvision": "none", **pins}
+    options = section(environment)
+    pins = dict(line.split("==") for line in options["deps"].split() if "==" in line)
+    return {"python": options["base_python"].replace("python", ""), "torchvision": "none", **pins}
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
@@ -35,8 +41,17 @@ def test_the_default_run_has_the_ends_and_torch_alone() -> None:
     assert {"lint", "type", "oldest", "newest", "alone"} == set(TOX["tox"]["env_list"].split(", "))
 
 
-@pytest.mark.skipif(os.environ.get("TOX_ENV_NAME") not in ENVIRONMENTS, reason="not in one of tox's environments")
+@IN_TOX
 def test_what_is_installed_is_what_tox_says() -> None:
     for library, pin in pinned(os.environ["TOX_ENV_NAME"]).items():
         found, wanted = version(library), None if pin == "none" else numbers(pin)
         assert (found and wanted and found[: len(wanted)]) == wanted, library
+
+
+@IN_TOX
+def test_no_test_is_skipped_for_want_of_an_extra() -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    for extra in section(os.environ["TOX_ENV_NAME"])["extras"].split(", "):
+        for requirement in setup["options.extras_require"][extra].split():
+            assert metadata.version(re.split("[<>=]", requirement)[0])
