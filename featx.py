@@ -87,6 +87,7 @@ from torch import fx, nn
 # Private to torch; tried on 1.13.1 and 2.14.1.
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import _get_qualified_name, map_aggregate
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_unflatten
@@ -1053,23 +1054,17 @@ def _is_list(node: fx.Node) -> bool:
     return any([str(value.type) for value in schema.returns] == ["List[Tensor]"] for schema in schemas)
 
 
-# TorchScript does not look into the second branches of these; what has no type is a tensor to it.
+# TorchScript takes what has no type for a tensor, and does not look into the second branches.
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:
     """What a feature is before it is overwritten; of nested values, all tensors."""
-    # A tensor at once: torch.export of torch 2.2 cannot follow the rest.
-    if torch.jit.is_scripting() or isinstance(value, torch.Tensor):  # type: ignore[attr-defined]
-        return value.clone()
-    else:  # noqa: RET505
-        return _clone_nested(value)
+    # A tensor at once: torch.export of old torch cannot follow the rest.
+    return value.clone() if is_scripting() or isinstance(value, torch.Tensor) else _clone_nested(value)
 
 
 def _clone_list(value: List[torch.Tensor]) -> List[torch.Tensor]:
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return [item.clone() for item in value]
-    else:  # noqa: RET505
-        return _clone_nested(value)  # type: ignore[no-any-return]
+    return [item.clone() for item in value] if is_scripting() else _clone_nested(value)
 
 
 def _clone_nested(value: Any) -> Any:
@@ -1693,6 +1688,8 @@ def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
     """The source of a graph, in which no path is anything but a path, whatever its characters are."""
     original: Dict[str, Tuple[fx.Node, str]] = {}
     for node in graph.nodes:
+        if node.name == "self":  # as that of a call of a module "self"; torch.fx would assign to it
+            node._rename("self_")
         if node.op in ("call_module", "get_attr") and not _is_plain(module, str(node.target)):
             original[f"_featx_path_{len(original)}_"] = (node, str(node.target))
     try:

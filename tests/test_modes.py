@@ -7,7 +7,6 @@ import gc
 import io
 import linecache
 import pickle
-import sys
 import warnings
 from typing import Any, Callable, Dict, List, Set
 

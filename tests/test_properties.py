@@ -86,6 +86,9 @@ METHODS_OF_AN_EXTRACTOR = Net(
     (("_train_forward", "doubling"), ("_eval_forward", "buffer")),
     (("use", 0, 0, True), ("use", 1, 0, False), ("mode", (("apply", "tanh", 0, 0, True),), ())),
 )
+CALLED_SELF = Net(
+    (("self", "doubling"), ("self_", "sigmoid")), (("use", 0, 0, False), ("use", 1, 0, True), ("use", 0, 0, False))
+)
 A_BUFFER_AS_A_FEATURE = Net((("a", "buffer"),), (("use", 0, 0, False), ("update", 0, 0)))
 
 
@@ -144,6 +147,7 @@ def assert_same(found: Dict[str, Any], expected: Dict[str, Any]) -> None:
 @example(METHODS_OF_AN_EXTRACTOR, True, 0)
 @example(METHODS_OF_AN_EXTRACTOR, False, 0)
 @example(A_BUFFER_AS_A_FEATURE, True, 0)
+@example(CALLED_SELF, False, 0)
 def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
     expected = expected_exact(plan, training)
     queries, model = random.Random(seed).sample(list(expected), len(expected)), build(plan)
@@ -155,6 +159,7 @@ def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, 
 @given(plans(), st.booleans())
 @example(METHODS_OF_AN_EXTRACTOR, True)
 @example(A_BUFFER_AS_A_FEATURE, False)
+@example(CALLED_SELF, True)
 def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> None:
     model, (entries, output) = build(plan), eager(plan, training)
     entries = [entry for entry in entries if entry.is_node]
@@ -324,6 +329,7 @@ def saved_and_loaded(extractor: nn.Module) -> nn.Module:
 
 @given(plans(), st.booleans())
 @example(METHODS_OF_AN_EXTRACTOR, True)
+@example(CALLED_SELF, True)
 def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact)
     copies = [copy.deepcopy(extractor), copy.copy(extractor), saved_and_loaded(extractor)]

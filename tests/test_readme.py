@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,9 @@ TOX = [line for line in COMMANDS if "tox" in line]
 
 
 def test_blocks_were_found() -> None:
-    assert {kind for kind, _ in BLOCKS} == {"python", "console", ""}
-    assert [kind for kind, _ in BLOCKS].count("python") == [kind for kind, _ in BLOCKS].count("") >= 3
-    assert len(COMMANDS) == 4
+    kinds = [kind for kind, _ in BLOCKS]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 5, "": 6, "console": 3, "yaml": 1}
+    assert len(COMMANDS) == 5
 
 
 def run(pairs: List[Tuple[str, Tuple[str, str]]], namespace: Dict[str, Any]) -> None:
@@ -52,7 +53,7 @@ def test_python_blocks_without_torchvision() -> None:
     run(alone, {"featx": featx, "torch": torch})
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in TOX])
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in TOX and "mypackage" not in line])
 def test_commands_of_featx(command: str) -> None:
     arguments = shlex.split(command)
     if "torchvision" in command:
@@ -87,3 +88,31 @@ def test_the_table_of_differences_is_tested_row_by_row() -> None:
 def test_the_version_has_one_source() -> None:
     assert "version = attr: featx.__version__" in (ROOT / "setup.cfg").read_text()
     assert re.fullmatch(r"\d+\.\d+\.\d+", featx.__version__)
+
+
+def test_the_names_that_a_ci_pins(tmp_path: Path) -> None:
+    """As the README says it, for a model whose ``head`` becomes ``classifier``."""
+    (write,) = (line for line in COMMANDS if "--json" in line)
+    (steps,) = (text for kind, text in BLOCKS if kind == "yaml")
+    (compare,) = re.findall(r"- run: (.*--check.*)", steps)
+    (failure,) = (text for kind, text in BLOCKS if kind == "" and text.startswith("---"))
+    package = tmp_path / "mypackage"
+    package.mkdir()
+
+    def run_in_project(command: str) -> subprocess.CompletedProcess[str]:
+        line = command.replace("python", shlex.quote(sys.executable), 1)
+        return subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+
+    shutil.copy(featx.__file__, tmp_path / "featx.py")
+    model = """from collections import OrderedDict\nfrom torch import nn\n
+def build():
+    return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), {}=nn.Linear(4, 2)))
+"""
+    (package / "models.py").write_text(model.format("head"))
+    done = run_in_project(write)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_in_project(compare)
+    assert (done.returncode, done.stderr) == (0, "")
+    (package / "models.py").write_text(model.format("classifier"))
+    done = run_in_project(compare)
+    assert (done.returncode, done.stdout, done.stderr) == (1, failure, "")
