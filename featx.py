@@ -1689,7 +1689,7 @@ def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
     original: Dict[str, Tuple[fx.Node, str]] = {}
     for node in graph.nodes:
         if node.name == "self":  # as that of a call of a module "self"; torch.fx would assign to it
-            node._rename("self_")
+            node.name = graph._graph_namespace.create_name("self_", None)
         if node.op in ("call_module", "get_attr") and not _is_plain(module, str(node.target)):
             original[f"_featx_path_{len(original)}_"] = (node, str(node.target))
     try:

@@ -42,6 +42,7 @@ from tests.strategies import (
     training_mode,
 )
 from tests.test_effects import picture
+from tests.versions import needs
 
 KWARGS = {"leaf_modules": LEAF_CLASSES}
 MODES = (True, False)
@@ -351,6 +352,7 @@ def test_a_scripted_extractor_gives_the_same_in_both_modes(plan: Net, exact: boo
         assert_same(run(scripted, mode), expected[mode])
 
 
+@needs("torch.export", torch="2.1")
 @settings(max_examples=max(5, settings().max_examples // 10))
 @given(SCRIPTABLE_PLANS, st.booleans(), st.booleans())
 def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: bool) -> None:
