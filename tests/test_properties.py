@@ -284,7 +284,7 @@ def test_nothing_is_changed_and_all_errors_are_documented(
 ) -> None:
     model, kwargs = build(plan).train(training), {"leaf_modules": [*LEAF_CLASSES]}
     options = {"exact": exact, "auto_leaf": auto_leaf, "concrete_args": concrete_args, "suppress_diff_warning": True}
-    before, filters = picture(model), list(warnings.filters)
+    before, filters, given_arguments = picture(model), list(warnings.filters), copy.deepcopy((asked, concrete_args))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ignoring = list(warnings.filters)
@@ -298,6 +298,7 @@ def test_nothing_is_changed_and_all_errors_are_documented(
     assert same({**picture(model), "filters": 0}, {**before, "filters": 0})
     assert warnings.filters == filters
     assert kwargs == {"leaf_modules": [*LEAF_CLASSES]}
+    assert same((asked, concrete_args), given_arguments)
 
 
 # ------------------------------------------------------------------------------------------ copies

@@ -70,12 +70,8 @@ def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
     assert demo == f"{tests} -e demo"
     configuration = configparser.ConfigParser(interpolation=None)
     configuration.read(ROOT / "tox.ini")
-    command = shlex.split(configuration["testenv:demo"]["commands"].replace("{toxinidir}", str(ROOT)))
-    assert command[:3] == ["python", "-m", "featx"]
-    pytest.importorskip("torchvision")
-    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["key", "layer1", "deep"]
+    command = " ".join(configuration["testenv:demo"]["commands"].split())
+    assert command.replace("{toxinidir}/", "") in COMMANDS  # which another test runs
 
 
 def test_the_table_of_differences_is_tested_row_by_row() -> None:
