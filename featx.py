@@ -53,6 +53,7 @@ import operator
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import textwrap
@@ -1703,11 +1704,17 @@ def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
         code.src = code.src.replace(f"self.{stand_in}", _fetch(module, target))
     if hasattr(graph._codegen, "pytree_info"):
         module._in_spec = graph._codegen.pytree_info.in_spec
-        # Old torch unpacks the output even where nothing packed it.
-        before, start, packed = code.src.rpartition("    return pytree.tree_unflatten(")
-        if start:
-            code.src = f"{before}    return {packed.rpartition(', self._out_spec)')[0]}"
+        code.src = _without_unpacking(code.src)
     return code
+
+
+def _without_unpacking(source: str) -> str:
+    """The source that returns the output as it is: old torch unpacks it even where nothing packed it.
+
+    >>> _without_unpacking("    return pytree.tree_unflatten({'a': x}, self._out_spec)")
+    "    return {'a': x}"
+    """
+    return re.sub(r"^    return pytree\.tree_unflatten\((.*), self\._out_spec\)$", r"    return \1", source, flags=re.M)
 
 
 def _is_plain(module: DualGraphModule, target: str) -> bool:
@@ -2440,11 +2447,11 @@ def _progress(doing: str) -> Iterator[None]:
     shown = threading.Event()
 
     def show() -> None:
-        for seconds in itertools.count(2):
-            if done.wait(2 if seconds == 2 else 1):
-                break
+        seconds = 2
+        while not done.wait(1 if shown.is_set() else 2):
             shown.set()
             _say(f"\r{doing} … {seconds} s")
+            seconds += 1
 
     thread = threading.Thread(target=show, daemon=True)
     if _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":

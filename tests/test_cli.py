@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -471,6 +472,34 @@ def test_features_that_are_no_tensors(odd: Any) -> None:
     assert rows["output[sparse]"]["shape"] == [3, 2]
     done = odd("torch.nn:Identity", "output", "--input", "3,2", "--device", "meta")
     assert done.stdout.splitlines()[1].split() == ["output", "3x2", "float32"]
+
+
+def test_no_shape_of_what_is_no_tensor(odd: Any) -> None:
+    rows = [line.split() for line in odd("odd:Nested", "--input", "3,2").stdout.splitlines()]
+    assert ["getitem", "call_function", "getitem"] in rows
+    assert ["x", "placeholder", "x", "3x2"] in rows
+
+
+def test_streams_that_are_closed_or_of_another_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In this process, as for somebody who calls it from Python."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    assert featx._main(["torch.nn:ReLU"]) == 0
+    assert sys.stdout.getvalue().splitlines()[-1].split() == ["relu", "call_function", "relu"]
+    names = tmp_path / "names.json"
+    names.write_text('{"train": [], "eval": []}')
+    with pytest.raises(SystemExit, match="2"):
+        featx._main(["torch.nn:ReLU", "--check", str(names), "--json"])
+
+
+def test_an_interrupt_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(featx, "_run", interrupt)
+    assert featx._main(["torch.nn:ReLU"]) == 130
 
 
 def test_what_the_model_prints_is_no_output(odd: Any) -> None:

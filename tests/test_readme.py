@@ -5,9 +5,9 @@ from __future__ import annotations
 import configparser
 import contextlib
 import io
+import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,9 +97,9 @@ def test_the_names_that_a_ci_pins(tmp_path: Path) -> None:
 
     def run_in_project(command: str) -> subprocess.CompletedProcess[str]:
         line = command.replace("python", shlex.quote(sys.executable), 1)
-        return subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    shutil.copy(featx.__file__, tmp_path / "featx.py")
     model = """from collections import OrderedDict\nfrom torch import nn\n
 def build():
     return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), {}=nn.Linear(4, 2)))
