@@ -2031,7 +2031,8 @@ def _advice(error: BaseException) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"featx: error: {_in_one_line(message)}\n")
+        _say(f"featx: error: {_in_one_line(message)}\n")  # which knows of streams that are closed
+        self.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
