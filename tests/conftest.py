@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("dev", _common, max_examples=10)
 settings.register_profile("ci", _common, max_examples=100, derandomize=True, database=None)
-settings.register_profile("nightly", _common, max_examples=4000)
+settings.register_profile("nightly", _common, max_examples=6000)
 settings.load_profile("dev")
 
 
