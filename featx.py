@@ -1952,7 +1952,7 @@ def _copied(buffer: torch.Tensor) -> Optional[torch.Tensor]:
     """The values of a buffer; None if torch cannot copy them, as those of less than a byte."""
     try:
         return buffer.detach().clone()
-    except NotImplementedError:
+    except RuntimeError:  # in new torch NotImplementedError, which is one
         return None
 
 

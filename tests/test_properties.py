@@ -42,7 +42,7 @@ from tests.strategies import (
     training_mode,
 )
 from tests.test_effects import picture
-from tests.versions import needs
+from tests.versions import older
 
 KWARGS = {"leaf_modules": LEAF_CLASSES}
 MODES = (True, False)
@@ -177,7 +177,7 @@ def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> Non
         warnings.simplefilter("always")
         extractor = featx.create_feature_extractor(model, None, *asked, KWARGS, suppress_diff_warning=True)
     together = run(extractor.train(training), training)
-    said = [str(warning.message) for warning in caught]
+    said = [text for text in (str(warning.message) for warning in caught) if text.startswith("the feature ")]
     for query, value in expected.items():
         warned = any(message.startswith(f"the feature {query!r} ") and "overwritten" in message for message in said)
         assert warned or same(together[query], value), query
@@ -353,16 +353,16 @@ def test_a_scripted_extractor_gives_the_same_in_both_modes(plan: Net, exact: boo
         assert_same(run(scripted, mode), expected[mode])
 
 
-@needs("torch.export", torch="2.1")
+@pytest.mark.skipif(older(torch="2.5"), reason="torch.export of 2.2 loses values that are returned twice")
 @settings(max_examples=max(5, settings().max_examples // 10))
 @given(SCRIPTABLE_PLANS, st.booleans(), st.booleans())
 def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: bool) -> None:
+    assume("data" not in words_of(plan))  # of which torch.export makes a constant without a value
     extractor, expected = in_both_modes(plan, exact, only_tensors=True)
     assume(expected[training])
-    with training_mode(extractor, training):
+    with training_mode(extractor, training), torch.no_grad():
         program = torch.export.export(extractor, (example_input(),)).module()
-        with torch.no_grad():
-            assert_same(dict(snapshot(program(example_input()))), expected[training])
+        assert_same(dict(snapshot(program(example_input()))), expected[training])
 
 
 # ---------------------------------------------------------------------------------- the strategies
