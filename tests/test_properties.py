@@ -90,6 +90,7 @@ METHODS_OF_AN_EXTRACTOR = Net(
 CALLED_SELF = Net(
     (("self", "doubling"), ("self_", "sigmoid")), (("use", 0, 0, False), ("use", 1, 0, True), ("use", 0, 0, False))
 )
+A_BUFFER_LIKE_AN_ARGUMENT = Net((("x", "buffer"),), (("use", 0, 0, False), ("apply", "add_", 1, 0, False)))
 A_BUFFER_AS_A_FEATURE = Net((("a", "buffer"),), (("use", 0, 0, False), ("update", 0, 0)))
 
 
@@ -353,9 +354,11 @@ def test_a_scripted_extractor_gives_the_same_in_both_modes(plan: Net, exact: boo
         assert_same(run(scripted, mode), expected[mode])
 
 
-@pytest.mark.skipif(older(torch="2.5"), reason="torch.export of 2.2 loses values that are returned twice")
+# That of 2.2 loses what is returned twice, that of 2.5 takes a buffer and an argument of one name for each other.
+@pytest.mark.skipif(older(torch="2.14"), reason="torch.export before 2.14 mixes values up by itself")
 @settings(max_examples=max(5, settings().max_examples // 10))
 @given(SCRIPTABLE_PLANS, st.booleans(), st.booleans())
+@example(A_BUFFER_LIKE_AN_ARGUMENT, False, False)
 def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: bool) -> None:
     assume("data" not in words_of(plan))  # of which torch.export makes a constant without a value
     extractor, expected = in_both_modes(plan, exact, only_tensors=True)
