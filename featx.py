@@ -1703,8 +1703,9 @@ def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
     for stand_in, (_, target) in original.items():
         code.src = code.src.replace(f"self.{stand_in}", _fetch(module, target))
     if hasattr(graph._codegen, "pytree_info"):
-        module._in_spec = graph._codegen.pytree_info.in_spec
-        code.src = _without_unpacking(code.src)
+        _, module._in_spec, module._out_spec = graph._codegen.pytree_info
+        if module._out_spec is None:
+            code.src = _without_unpacking(code.src)
     return code
 
 

@@ -258,6 +258,21 @@ def test_a_graph_edited_by_hand() -> None:
     assert torch.equal(copy.deepcopy(extractor).eval()(X)["add"], changed)
 
 
+def test_graphs_that_pack_what_they_take_and_return() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return {"sum": x["a"] + x["b"], "pair": (x["a"], x["b"])}
+
+    model = net(forward)
+    graphs = [
+        featx.NodePathTracer().trace(model, concrete_args={"x": {"a": fx.PH, "b": fx.PH}}) for _ in ("train", "eval")
+    ]
+    module = featx.DualGraphModule(model, *graphs)
+    given = {"a": X, "b": 2 * X}
+    for made in (module, copy.deepcopy(module)):
+        for mode in (True, False):
+            assert nets.same(made.train(mode)(given), model(given))
+
+
 def test_a_graph_that_is_replaced() -> None:
     extractor = featx.create_feature_extractor(nets.Block(), ["add"]).eval()
     extractor.graph = copy.deepcopy(extractor.graph)
