@@ -46,6 +46,7 @@ def refused(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The message for arguments that must be refused; in this process, since there are many."""
 
     def message(*arguments: str) -> str:
+        skip_without_torchvision(arguments)
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as raised:
