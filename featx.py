@@ -85,7 +85,7 @@ from typing import (
 import torch
 from torch import fx, nn
 
-# Private to torch; tried on 1.13.1 and 2.14.1.
+# Private to torch; tried on 1.13.1, 2.2.2, 2.5.1 and 2.14.1.
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import _get_qualified_name, map_aggregate
 from torch.jit import is_scripting  # type: ignore[attr-defined]
@@ -851,14 +851,13 @@ def _hint(tracers: Dict[str, NodePathTracer], mode: str, query: str) -> str:
     first = tracer.path_of_module(modules[query])
     if first != query:
         return f"It is the same module as {first!r}, after which its calls are named."
+    called: Dict[Any, str] = {}  # path -> the name of the first call
+    for node, name in tracer.node_to_qualname.items():
+        if node.op == "call_module":
+            called.setdefault(node.target, name)
     if query in tracer._returned:
-        calls = (
-            name for node, name in tracer.node_to_qualname.items() if (node.op, node.target) == ("call_module", query)
-        )
-        own = next(calls, None)
-        why = f"Its first call is named {own!r}" if own else "It runs no operation of its own"
+        why = f"Its first call is named {called[query]!r}" if query in called else "It runs no operation of its own"
         return f"{why}; with exact=True its value is what it returns."
-    called = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
     for path in _prefixes(query):
         if path in called:
             leaf = type(modules[path]).__name__
@@ -1919,9 +1918,11 @@ class _Keeper:
     def __init__(self, model: nn.Module) -> None:
         self._containers = _find_containers(model)
         self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        kept = [buffer for buffer in model.buffers() if not (nn.parameter.is_lazy(buffer) or buffer.is_inference())]
-        copies = [(buffer, buffer._version, _copied(buffer)) for buffer in kept]
-        self._buffers = [(buffer, version, content) for buffer, version, content in copies if content is not None]
+        self._buffers = [
+            (buffer, buffer._version, content)
+            for buffer in model.buffers()
+            if not (nn.parameter.is_lazy(buffer) or buffer.is_inference()) and (content := _copied(buffer)) is not None
+        ]
 
     def note(self) -> Callable[[], None]:
         """Note how the attributes are now; what comes back restores them."""

@@ -42,15 +42,21 @@ def rows(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
 
 
 @pytest.fixture
-def refused(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def main(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line in this process; the folder that it puts on the path goes again."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return featx._main
+
+
+@pytest.fixture
+def refused(main: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The message for arguments that must be refused; in this process, since there are many."""
 
     def message(*arguments: str) -> str:
         skip_without_torchvision(arguments)
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as raised:
-            featx._main(arguments)
+            main(arguments)
         said = capfd.readouterr()
         assert (raised.value.code, said.out, len(said.err.splitlines())) == (2, "", 1)
         assert said.err.startswith("featx: error: ")
@@ -227,16 +233,13 @@ def test_check_and_json(tmp_path: Path) -> None:
     assert done.stderr == f"featx: error: {names} was written without --exact\n"
 
 
-def test_check_gives_its_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_gives_its_exit_code(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process, so that the tests of the tests reach it."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert featx._main(["torch.nn:ReLU", "--json"]) == 0
+    assert main(["torch.nn:ReLU", "--json"]) == 0
     (tmp_path / "names.json").write_text(capsys.readouterr().out)
     check = ["--check", str(tmp_path / "names.json")]
-    assert featx._main(["torch.nn:ReLU", *check]) == 0
-    assert featx._main(["torch.nn:Sequential", *check]) == 1
+    assert main(["torch.nn:ReLU", *check]) == 0
+    assert main(["torch.nn:Sequential", *check]) == 1
     assert "-relu\n" in capsys.readouterr().out
 
 
@@ -484,26 +487,22 @@ def test_no_shape_of_what_is_no_tensor(odd: Any) -> None:
     assert ["x", "placeholder", "x", "3x2"] in rows
 
 
-def test_streams_that_are_closed_or_of_another_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_streams_that_are_closed_or_of_another_kind(main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, as for somebody who calls it from Python."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", None)
-    assert featx._main(["torch.nn:ReLU"]) == 0
+    assert main(["torch.nn:ReLU"]) == 0
     assert sys.stdout.getvalue().splitlines()[-1].split() == ["relu", "call_function", "relu"]
-    names = tmp_path / "names.json"
-    names.write_text('{"train": [], "eval": []}')
     with pytest.raises(SystemExit, match="2"):
-        featx._main(["torch.nn:ReLU", "--check", str(names), "--json"])
+        main(["torch.nn:ReLU", "--check", "names.json", "--json"])
 
 
-def test_an_interrupt_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_in_this_process(main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(featx, "_run", interrupt)
-    assert featx._main(["torch.nn:ReLU"]) == 130
+    assert main(["torch.nn:ReLU"]) == 130
 
 
 def test_what_the_model_prints_is_no_output(odd: Any) -> None:
