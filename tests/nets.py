@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 from typing import Any, Callable, Iterable, Iterator
 
 import pytest
@@ -132,21 +133,28 @@ UNTRACEABLE = {
 
 
 def zoo_names() -> list[str]:
-    """All models of torchvision; where it is absent one stand-in, of which a test says that it is skipped."""
-    try:
-        from torchvision.models import list_models
-    except ImportError:
-        return ["torchvision is absent"]
+    """All models of torchvision."""
+    from torchvision.models import list_models
+
     return sorted(list_models())
+
+
+def traceable() -> list[str]:
+    """Those that torch.fx can trace."""
+    return [name for name in zoo_names() if name not in UNTRACEABLE]
 
 
 def in_zoo(names: Iterable[str]) -> list[str]:
     """Those that the torchvision that runs has; `test_the_zoo_is_whole` says which may be missing."""
-    return sorted(set(names) & set(zoo_names())) or zoo_names()[:1]
+    return sorted(set(names) & set(zoo_names()))
 
 
-def traceable() -> list[str]:
-    return [name for name in zoo_names() if name not in UNTRACEABLE]
+def collected(listing: Callable[..., list[str]], *arguments: Any) -> list[str]:
+    """What a listing gives, for a test; where torchvision is absent one stand-in, which `build` skips."""
+    try:
+        return listing(*arguments)
+    except ImportError:
+        return ["torchvision is absent"]
 
 
 def build(name: str) -> nn.Module:
@@ -228,6 +236,14 @@ def zoo_input(name: str) -> torch.Tensor:
     sizes = {"vit": 224, "maxvit": 224, "inception": 299, "quantized_inception": 299, "alexnet": 96}
     size = next((size for start, size in sizes.items() if name.startswith(start)), 64)
     return draw(2, 3, size, size)
+
+
+def by_torch_save(module: nn.Module) -> nn.Module:
+    """The module as it comes out of a file."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -140,7 +140,7 @@ def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.in_zoo(nets.UNTRACEABLE))
+@pytest.mark.parametrize("name", nets.collected(nets.in_zoo, nets.UNTRACEABLE))
 def test_the_untraceable_of_the_zoo_lead_to_something_that_works(name: str) -> None:
     model = nets.build_on_meta(name)
     with pytest.raises(featx.UntraceableError) as raised:

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
@@ -558,6 +559,19 @@ def test_models_that_are_gone_and_models_that_are_new(stored: Path, capsys: pyte
     assert generate.main(["gonenet", "alexnet"]) == 0
     assert not gone.exists()
     assert stored.read_bytes() == (FOLDER / "zoo" / "alexnet.json").read_bytes()
+
+
+def test_without_torchvision_no_file_is_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(FOLDER / "zoo" / "alexnet.json", tmp_path)
+    monkeypatch.setattr(generate, "ZOO", tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    for arguments in ([], ["alexnet"], ["--check"]):
+        assert generate.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+    assert (tmp_path / "alexnet.json").read_bytes() == (FOLDER / "zoo" / "alexnet.json").read_bytes()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"train": 3}', '{"train": [[]], "eval": "same as train"}'])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import io
 import pickle
 import warnings
 from typing import Any, Dict, List, NamedTuple
@@ -106,7 +105,7 @@ def warned(model: nn.Module, queries: List[str]) -> Any:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.traceable())
+@pytest.mark.parametrize("name", nets.collected(nets.traceable))
 def test_warnings_for_all_tensors_of_a_model(name: str) -> None:
     model, x = nets.build(name), nets.zoo_input(name)
     for mode in (True, False):
@@ -120,7 +119,7 @@ def test_warnings_for_all_tensors_of_a_model(name: str) -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.in_zoo(nets.FAMILIES))
+@pytest.mark.parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
 def test_warnings_for_all_modules_of_a_model(name: str) -> None:
     model, x = nets.build(name), nets.zoo_input(name)
     for mode in (True, False):
@@ -784,13 +783,6 @@ def compiled(extractor: nn.Module) -> Any:
     return torch.compile(extractor, backend="aot_eager")
 
 
-def by_torch_save(extractor: nn.Module) -> Any:
-    buffer = io.BytesIO()
-    torch.save(extractor, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 def test_lists_can_be_scripted_and_traced_again() -> None:
     def forward(self: Any, x: torch.Tensor) -> Any:
         parts = self.fc(x).split(2, 1)
@@ -816,7 +808,7 @@ def test_lists_can_be_scripted_and_traced_again() -> None:
         pytest.param(exported, marks=needs("torch.export", torch="2.1")),
         copy.deepcopy,
         copy.copy,
-        by_torch_save,
+        nets.by_torch_save,
         lambda module: pickle.loads(pickle.dumps(module)),
         pytest.param(compiled, marks=needs("torch.compile", torch="2.0")),
         fx.symbolic_trace,

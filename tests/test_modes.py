@@ -107,19 +107,11 @@ def test_one_graph_for_both_modes_needs_no_choice() -> None:
     assert list(extractor.eval()(X)) == list(extractor.train()(X)) == ["add"]
 
 
-def by_torch_save(module: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    options = {} if torch.__version__ < "2" else {"weights_only": False}
-    return torch.load(buffer, **options)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch.save": by_torch_save,
+    "torch.save": nets.by_torch_save,
     "twice": lambda module: copy.copy(pickle.loads(pickle.dumps(copy.deepcopy(module)))),
 }
 

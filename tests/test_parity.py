@@ -41,7 +41,7 @@ def run(extractor: nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
 
 # torchvision drops in-place operations that these models need: D03 in test_differences.py, and test_pruning.py.
-PARITY = [name for name in nets.in_zoo(nets.FAMILIES) if not name.startswith("mvit")]
+PARITY = [name for name in nets.collected(nets.in_zoo, nets.FAMILIES) if not name.startswith("mvit")]
 
 
 @pytest.mark.parametrize("name", PARITY)
@@ -65,7 +65,7 @@ def test_drawn_nodes(name: str, rng: random.Random) -> None:
             assert nets.same(actual[key], expected[key]), (name, mode, key)
 
 
-@pytest.mark.parametrize("name", nets.in_zoo(nets.FAMILIES))
+@pytest.mark.parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
 def test_state_dict_at_full_depth(name: str) -> None:
     model = nets.build_on_meta(name)
     names = featx.get_graph_node_names(model, suppress_diff_warning=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import pickle
 import random
 import re
@@ -22,7 +21,7 @@ from tests import featx
 from tests.conformance.slow import exact_names as slow_exact_names
 from tests.conformance.slow import is_form
 from tests.conformance.slow import names as slow_names
-from tests.nets import same, snapshot, tensors
+from tests.nets import by_torch_save, same, snapshot, tensors
 from tests.strategies import (
     CUTTING,
     LEAF_CLASSES,
@@ -323,19 +322,12 @@ def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> Tuple[n
     return extractor, {mode: run(extractor, mode) for mode in MODES}
 
 
-def saved_and_loaded(extractor: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(extractor, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @given(plans(), st.booleans())
 @example(METHODS_OF_AN_EXTRACTOR, True)
 @example(CALLED_SELF, True)
 def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact)
-    copies = [copy.deepcopy(extractor), copy.copy(extractor), saved_and_loaded(extractor)]
+    copies = [copy.deepcopy(extractor), copy.copy(extractor), by_torch_save(extractor)]
     copies.append(pickle.loads(pickle.dumps(copy.deepcopy(copies[-1]))))
     for copied in copies:
         for mode in (False, True, False):

@@ -37,11 +37,6 @@ def versions() -> Dict[str, str]:
     return {name: str(library.__version__).partition("+")[0] for name, library in libraries.items()}
 
 
-def models() -> List[str]:
-    """The models of torchvision that torch.fx can trace."""
-    return [name for name in nets.zoo_names() if name not in nets.UNTRACEABLE]
-
-
 def stored() -> List[str]:
     """The models that have a file."""
     return sorted(path.stem for path in ZOO.glob("*.json"))
@@ -169,7 +164,7 @@ def shortened(lines: List[str]) -> List[str]:
 
 def check(name: str) -> List[str]:
     """How the stored file of a model differs from what featx gives here."""
-    if name not in models():
+    if name not in nets.traceable():
         return ["there is a file, but torchvision has no such model that torch.fx can trace"]
     if name not in stored():
         return ["there is no file, but torchvision has this model"]
@@ -192,7 +187,7 @@ def first_line(error: Exception) -> str:
 
 def write(name: str) -> None:
     """Write the file of a model, or remove that of a model that is gone."""
-    if name in models():
+    if name in nets.traceable():
         path_of(name).write_text(text(make(name)), encoding="utf-8")
     else:
         path_of(name).unlink()
@@ -205,7 +200,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; say what differs, exit 1 if anything does")
     options = parser.parse_args(argv)
     try:
-        known = sorted({*models(), *stored()})
+        known = sorted({*nets.traceable(), *stored()})
         unknown = [name for name in options.models if name not in known]
         if unknown:
             raise ValueError(f"no model that torch.fx can trace, nor a file: {', '.join(unknown)}")
