@@ -395,6 +395,15 @@ class NodePathTracer(LeafModuleAwareTracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_arg(self, a: Any) -> Any:
+        """Turn what an operation was called with into arguments of a node."""
+        kind = type(a)
+        if kind is fx.Proxy:  # by far the most; torch.fx asks a dozen questions before it comes to these
+            return a.node
+        if kind is tuple:
+            return tuple([self.create_arg(item) for item in a])
+        return a if kind in _PLAIN_TYPES or (kind is dict and not a) else super().create_arg(a)
+
     def create_proxy(
         self,
         kind: str,
@@ -421,6 +430,9 @@ class NodePathTracer(LeafModuleAwareTracer):
         return "", type(model)
 
 
+_PLAIN_TYPES = frozenset([bool, float, int, str, type(None)])
+
+
 def _annotation(model_type: Type[nn.Module], parameter: str) -> Any:
     """The type that a string in the signature of ``forward`` means; None if that cannot be found out."""
     try:
@@ -440,7 +452,7 @@ def _trace_both(
     """Trace in train mode, then in eval mode; afterwards each submodule has the mode it had."""
     arguments = {**_tracer_arguments(tracer_kwargs), "exact": exact}
     _check_concrete_args(model, concrete_args)
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in keeper.modules}
     try:
         if auto_leaf:
             return _trace_with_leaves(keeper, model, arguments, concrete_args)
@@ -1015,25 +1027,32 @@ def _plan(tracer: NodePathTracer, features: Iterable[_Feature]) -> _Plan:
     position = {node: index for index, node in enumerate(nodes)}
     reads = [(position[taken], position[after]) for feature in features for taken, after in feature.reads]
     requested = [] if tracer._exact else [taken for taken, _ in reads]
-    foreign: List[fx.Node] = []  # calls of what is not torch's own
+    foreign: Set[int] = set()  # calls of what is not torch's own
 
-    def plan(opaque: _Opaque) -> Tuple[List[int], Dict[Tuple[int, int], int]]:
-        operations = _describe(tracer, nodes, position, opaque)
+    def describe(opaque: _Opaque, modes: Sequence[bool] = ()) -> List[_Operation]:
+        return _describe(tracer, nodes, position, opaque, modes)
+
+    def plan(operations: Sequence[_Operation]) -> Tuple[List[int], Dict[Tuple[int, int], int]]:
         staying = _staying(operations, requested, reads if tracer._exact else [])
         return staying, _overwritten(operations, staying, reads)
 
     def noting(root: nn.Module, node: fx.Node) -> _Effects:
-        foreign.append(node)
+        foreign.add(position[node])
         return _believed(root, node)
 
-    staying, overwritten = plan(noting)
-    if overwritten or foreign and plan(_suspected) != (staying, {}):  # then look closely
+    operations = describe(noting)
+    staying, overwritten = plan(operations)
+    suspected = [
+        operation._replace(writes=operation.inputs, views=operation.inputs) if index in foreign else operation
+        for index, operation in enumerate(operations)
+    ]
+    if overwritten or foreign and plan(suspected) != (staying, {}):  # then look closely
         look = functools.lru_cache(maxsize=None)(_seen_inside)
-        staying, _ = plan(functools.partial(_looked_into, look, (True, False), _believed))
+        staying, _ = plan(describe(functools.partial(_looked_into, look, (True, False), _believed)))
         # A clone is for what may happen, a warning for what does, in this mode.
         modes, otherwise = ((True, False), _suspected) if tracer._exact else ((tracer._training,), _believed)
         opaque = functools.partial(_looked_into, look, modes, otherwise)
-        overwritten = _overwritten(_describe(tracer, nodes, position, opaque, modes), staying, reads)
+        overwritten = _overwritten(describe(opaque, modes), staying, reads)
     leaving = {nodes[-1], *nodes} - {nodes[index] for index in staying if index < len(nodes) - 1}
     changes = {(nodes[taken], nodes[after]): nodes[writer] for (taken, after), writer in overwritten.items()}
     return _Plan(leaving, changes)
@@ -1147,21 +1166,21 @@ def _describe(
 
     Given modes (``True`` for train mode), it is what torch's own modules do in these, else what they may do.
     """
+    memory = {node: _memory_of(_at(tracer.root, str(node.target))) for node in nodes if node.op == "get_attr"}
     fetched: Dict[int, int] = {}  # the memory of a parameter or buffer -> the first node that fetches it
-    for index, node in enumerate(nodes):
-        if node.op == "get_attr":
-            fetched.setdefault(_memory_of(_at(tracer.root, str(node.target))), index)
+    for node, at in memory.items():
+        fetched.setdefault(at, position[node])
     operations = []
     for node in nodes:
         inputs = [position[taken] for taken in node.all_input_nodes]
         writes, views = ([position[taken] for taken in effect] for effect in _effects(tracer.root, node, opaque, modes))
         if node.op == "get_attr":
-            views = [fetched[_memory_of(_at(tracer.root, str(node.target)))]]
+            views = [fetched[memory[node]]]
         elif node.op == "call_module" and fetched:  # a module also reads its own parameters and buffers
-            module = _at(tracer.root, str(node.target))
-            own = itertools.chain(module.parameters(), module.buffers())
-            inputs += [fetched[at] for at in map(_memory_of, own) if at in fetched]
-            writes += [fetched[at] for at in map(_memory_of, _updated(module, modes)) if at in fetched]
+            for part in _at(tracer.root, str(node.target)).modules():
+                own = itertools.chain(part._parameters.values(), part._buffers.values())
+                inputs += [fetched[at] for at in map(_memory_of, own) if at in fetched]
+                writes += [fetched[at] for at in map(_memory_of, _updated(part, modes)) if at in fetched]
         kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
         operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
     return operations
@@ -1175,13 +1194,17 @@ def _memory_of(value: Any) -> int:
         return id(value)
 
 
-def _updated(module: nn.Module, modes: Sequence[bool]) -> Iterator[torch.Tensor]:
+def _updated(module: nn.Module, modes: Sequence[bool]) -> Iterator[Any]:
     """What a module may write into of its own: statistics in train mode, embeddings with ``max_norm``."""
-    for part in module.modules():
-        if not isinstance(part, _NormBase) or tuple(modes) != (False,):
-            yield from part._buffers.values()  # type: ignore[misc]
-        if getattr(part, "max_norm", None) is not None:
-            yield from part.parameters()
+    if not isinstance(module, _NormBase) or tuple(modes) != (False,):
+        yield from module._buffers.values()
+    if _attribute(module, "max_norm") is not None:
+        yield from module._parameters.values()
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute, or None: what is not there, torch.nn looks for long."""
+    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
 
 
 _ASSERTS = (torch._assert, _assert_is_none)
@@ -1274,7 +1297,7 @@ def _module_effect(module: nn.Module, modes: Sequence[bool] = ()) -> Optional[_E
                 return None
             writes, views = writes or (views and effect.writes), views and effect.views
         return _Effect(writes, views)
-    if _is_torch(type(module)) and not any(module.children()):
+    if _is_torch(type(module)) and not any(module._modules.values()):
         return _Effect(writes=False, views=isinstance(module, _VIEW_MODULES))
     return None
 
@@ -1291,7 +1314,7 @@ def _dropping_among(ops: Any) -> Tuple[Type[nn.Module], ...]:
 
 
 def _is_inplace(module: nn.Module) -> bool:
-    inplace = getattr(module, "inplace", False)
+    inplace = _attribute(module, "inplace")
     return isinstance(inplace, (bool, int)) and bool(inplace)
 
 
@@ -1549,11 +1572,9 @@ class DualGraphModule(_Walkable, fx.GraphModule):
         self._tracer_cls = None
         self.training = root.training
         self.train_graph, self.eval_graph = train_graph, eval_graph
-        for graph in (train_graph, eval_graph):
-            graph.owning_module = self
-            for node in graph.nodes:
-                if node.op in ("call_module", "get_attr"):
-                    _share(root, self, str(node.target))
+        train_graph.owning_module = eval_graph.owning_module = self
+        for target in dict.fromkeys(node.target for node in self._fetching()):
+            _share(root, self, target)
         self.recompile()
 
     @property
@@ -1576,7 +1597,9 @@ class DualGraphModule(_Walkable, fx.GraphModule):
 
     def recompile(self) -> fx.graph.PythonCode:
         """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
-        train, evaluation = (_generate(self, graph) for graph in (self.train_graph, self.eval_graph))
+        train = evaluation = _generate(self, self.train_graph)
+        if not _are_alike(self.train_graph, self.eval_graph):
+            evaluation = _generate(self, self.eval_graph)
         if _head(train.src) != _head(evaluation.src):
             raise ValueError(f"the graphs take different arguments: {_head(train.src)} {_head(evaluation.src)}")
         self._featx_codes = {"train": train, "eval": evaluation}
@@ -1594,12 +1617,17 @@ class DualGraphModule(_Walkable, fx.GraphModule):
 
     def delete_all_unused_submodules(self) -> None:
         """Delete the submodules that neither graph uses."""
-        nodes = [node for graph in (self.train_graph, self.eval_graph) for node in graph.nodes]
-        used = {prefix for node in nodes if node.op in ("call_module", "get_attr") for prefix in _prefixes(node.target)}
-        called = {node.target for node in nodes if node.op == "call_module"}
+        used = {prefix for node in self._fetching() for prefix in _prefixes(node.target)}
+        called = {node.target for node in self._fetching() if node.op == "call_module"}
         for path in [path for path, _ in self.named_modules() if path]:
             if path not in used and called.isdisjoint(_prefixes(path)):
                 self.delete_submodule(path)
+
+    def _fetching(self) -> Iterator[Any]:
+        """The nodes whose targets are paths."""
+        for node in itertools.chain(self.train_graph.nodes, self.eval_graph.nodes):
+            if node.op in ("call_module", "get_attr"):
+                yield node
 
     def __getstate__(self) -> Dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_featx_codes"}
@@ -1682,6 +1710,33 @@ def _registered(module: nn.Module, name: str, target: str) -> Any:
     except AttributeError:
         message = f"the model has nothing at the path {target!r}; a name in it may have a dot, which paths cannot have"
         raise ValueError(message) from None
+
+
+def _are_alike(train: fx.Graph, evaluation: fx.Graph) -> bool:
+    """Whether two graphs plainly have the same code, so that it is generated once; in doubt they have not."""
+    return (
+        len(train.nodes) == len(evaluation.nodes)
+        and type(train._codegen) is type(evaluation._codegen)
+        and vars(train._codegen) == vars(evaluation._codegen)
+        and all(map(_are_alike_nodes, train.nodes, evaluation.nodes))
+    )
+
+
+def _are_alike_nodes(node: fx.Node, other: fx.Node) -> bool:
+    described, others = ((n.name, n.op, n.target, n.type) for n in (node, other))
+    return described == others and _are_alike_arguments((node.args, node.kwargs), (other.args, other.kwargs))
+
+
+def _are_alike_arguments(value: Any, other: Any) -> bool:
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, fx.Node):
+        return bool(value.name == other.name)
+    if isinstance(value, dict):
+        value, other = list(value.items()), list(other.items())
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(other) and all(map(_are_alike_arguments, value, other))
+    return value is other or (type(value) in _PLAIN_TYPES and repr(value) == repr(other))
 
 
 def _generate(module: DualGraphModule, graph: fx.Graph) -> fx.graph.PythonCode:
@@ -1916,7 +1971,8 @@ class _Keeper:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._containers = _find_containers(model)
+        self.modules = list(model.modules())
+        self._containers = _find_containers(self.modules)
         self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._buffers = [
             (buffer, buffer._version, content)
@@ -1927,13 +1983,20 @@ class _Keeper:
     def note(self) -> Callable[[], None]:
         """Note how the attributes are now; what comes back restores them."""
         empty = [container for container in self._containers if not container]  # nearly all are hooks of nobody
-        filled = [(container, _content(container)) for container in self._containers if container]
+        filled = [container for container in self._containers if container]
+        sizes, items = list(map(len, filled)), _flat(filled)
 
         def restore() -> None:
             for container in filter(None, empty):
                 container.clear()
-            for container, content in filled:
-                if not _holds_the_same(container, content):
+            if sizes == list(map(len, filled)) and all(map(operator.is_, _flat(filled), items)):
+                return
+            noted = iter(items)
+            for container, size in zip(filled, sizes):
+                content: Any = list(itertools.islice(noted, size))
+                if isinstance(container, dict):
+                    content = dict(zip(content, list(itertools.islice(noted, size))))
+                if len(container) != size or not all(map(operator.is_, _flat([container]), _flat([content]))):
                     container.clear()
                     container.update(content) if hasattr(container, "update") else container.extend(content)
 
@@ -1971,9 +2034,9 @@ def _differs(buffer: torch.Tensor, content: torch.Tensor) -> bool:
 _CONTAINERS = frozenset([dict, list, set, tuple, collections.OrderedDict, collections.defaultdict, collections.deque])
 
 
-def _find_containers(model: nn.Module) -> List[Any]:
+def _find_containers(modules: Iterable[nn.Module]) -> List[Any]:
     """The attributes of all modules as dicts, and the containers among them, however deep."""
-    waiting: List[Any] = [vars(module) for module in model.modules()]
+    waiting: List[Any] = list(map(vars, modules))
     found: Dict[int, Any] = {id(attributes): attributes for attributes in waiting}
     while waiting:
         container = waiting.pop()
@@ -1985,14 +2048,14 @@ def _find_containers(model: nn.Module) -> List[Any]:
     return [container for container in found.values() if type(container) is not tuple]
 
 
-def _content(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
-
-
-def _holds_the_same(value: Any, saved: Any) -> bool:
-    if len(value) != len(saved) or not all(map(operator.is_, value, saved)):
-        return False
-    return not isinstance(value, dict) or all(map(operator.is_, value.values(), saved.values()))
+def _flat(containers: Iterable[Any]) -> List[Any]:
+    """What the containers hold, of dicts the keys and then the values, in one list: the garbage collector minds many."""
+    return list(
+        itertools.chain.from_iterable(
+            itertools.chain(container, container.values()) if isinstance(container, dict) else container
+            for container in containers
+        )
+    )
 
 
 # ------------------------------------------------------------------------------- command line
