@@ -1510,36 +1510,76 @@ def _nodes_in(arguments: Iterable[Any]) -> List[fx.Node]:
 # -------------------------------------------------------------------------- the two-mode module
 
 
-class _Walkable(nn.Module):
-    """A module whose containers also stand in its ``__dict__``.
+class _Children(collections.OrderedDict):  # type: ignore[type-arg]
+    """The ``_modules`` of a module, whose children also stand in the module's ``__dict__``.
 
-    The compiled code walks ``self.a.b.c`` for each call, and this spares it the detour over
-    ``nn.Module.__getattr__``. Whoever assigns, adds or deletes a child takes both entries away; only
-    writing into ``_modules`` does not, so leaves, which quantization swaps there, are never put in.
+    The compiled code walks ``self.a.b.c`` for each call. What stands in ``__dict__`` is found at once;
+    for all else Python makes an AttributeError and then asks ``nn.Module.__getattr__``, which takes
+    15 times as long. Whatever changes a module's children writes into ``_modules``, so both agree.
     """
 
-    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
-        self._forget(name)
-        super().add_module(name, module)
+    owner: Optional[nn.Module] = None  # of a copy, nobody
+
+    def __setitem__(self, name: str, child: Optional[nn.Module]) -> None:
+        self._hide(name)
+        super().__setitem__(name, child)
+        if self.owner is not None and child is not None and not _is_hidden(self.owner, name):
+            vars(self.owner)[name] = child
+
+    def __delitem__(self, name: str) -> None:
+        self._hide(name)
+        super().__delitem__(name)
+
+    def _hide(self, name: str) -> None:
+        if self.owner is not None and self.get(name) is not None and vars(self.owner).get(name) is self[name]:
+            del vars(self.owner)[name]
+
+    # From Python 3.11 on, these methods of OrderedDict do without the two above.
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if default and name not in self:
+            return default[0]
+        child = self[name]
+        del self[name]
+        return child
+
+    def popitem(self, last: bool = True) -> Tuple[str, Optional[nn.Module]]:
+        for name in reversed(self) if last else iter(self):
+            return name, self.pop(name)
+        raise KeyError("there are no children")
+
+    def clear(self) -> None:
+        for name in list(self):
+            del self[name]
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return collections.OrderedDict, (), None, None, iter(self.items())
+
+
+class _Walkable(nn.Module):
+    """A module whose children also stand in its ``__dict__``."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self._modules = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if value is None and "_modules" in vars(self):
-            self._forget(name)
-        super().__setattr__(name, value)
+        if name != "_modules":
+            super().__setattr__(name, value)
+            return
+        attributes = vars(self)
+        for given, child in attributes[name].items():
+            if child is not None and attributes.get(given) is child:
+                del attributes[given]
+        if getattr(attributes[name], "owner", None) is self:
+            attributes[name].owner = None
+        attributes[name] = _Children()
+        attributes[name].owner = self
+        attributes[name].update(value)
 
-    def __delattr__(self, name: str) -> None:
-        self._forget(name)
-        super().__delattr__(name)
-
-    def _forget(self, name: str) -> None:
-        if name in self._modules and isinstance(vars(self).get(name), _Container):
-            del vars(self)[name]
-
-    def _replicate_for_data_parallel(self) -> Any:
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        for name in self._modules:
-            replica._forget(name)
-        return replica
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._modules = self._modules
 
 
 class DualGraphModule(_Walkable, fx.GraphModule):
@@ -1566,7 +1606,7 @@ class DualGraphModule(_Walkable, fx.GraphModule):
         self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, class_name: str = "GraphModule"
     ) -> None:
         # fx.GraphModule's own __init__ knows one graph; everything that it sets up is set up here.
-        nn.Module.__init__(self)
+        _Walkable.__init__(self)
         type(self).__name__ = class_name
         self.meta: Dict[str, Any] = {}
         self._tracer_cls = None
@@ -1635,7 +1675,7 @@ class DualGraphModule(_Walkable, fx.GraphModule):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         graphs = {name: _unpack(state[name]) for name in ("train_graph", "eval_graph")}
-        nn.Module.__setstate__(self, {**state, **graphs})  # type: ignore[no-untyped-call]
+        _Walkable.__setstate__(self, {**state, **graphs})
         for graph in graphs.values():
             graph.owning_module = self
         self.recompile()
@@ -1677,16 +1717,11 @@ def _share(root: nn.Module, new: nn.Module, target: str) -> None:
         if parent._modules.get(part) is root:
             return  # a leaf that is there already holds the target
         if part not in parent._modules:
-            container = _Container()
-            container.training = root.training
-            parent._modules[part] = container
-            if not _is_hidden(parent, part):
-                vars(parent)[part] = container
+            parent._modules[part] = _Container()
+            parent._modules[part].training = root.training  # type: ignore[union-attr]
         new = parent._modules[part]  # type: ignore[assignment]
     value = _registered(root, name, target)
     if isinstance(value, nn.Module):
-        if isinstance(vars(new).get(name), _Container):
-            del vars(new)[name]
         new._modules[name] = value
     elif isinstance(value, nn.Parameter):
         new._parameters[name] = value
@@ -2049,7 +2084,7 @@ def _find_containers(modules: Iterable[nn.Module]) -> List[Any]:
 
 
 def _flat(containers: Iterable[Any]) -> List[Any]:
-    """What the containers hold, of dicts the keys and then the values, in one list: the garbage collector minds many."""
+    """What the containers hold, of dicts keys and then values, in one list: many would busy the garbage collector."""
     return list(
         itertools.chain.from_iterable(
             itertools.chain(container, container.values()) if isinstance(container, dict) else container

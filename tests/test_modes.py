@@ -7,16 +7,18 @@ import gc
 import io
 import linecache
 import pickle
+import random
 import warnings
 from typing import Any, Callable, Dict, List, Set
 
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import prune
 
 from tests import featx, nets
 from tests.nets import net
-from tests.versions import needs
+from tests.versions import needs, older
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 BOTH = {"body": "b", "head": "h", "output": "o"}
@@ -280,16 +282,15 @@ def test_graphs_know_their_module(how: str) -> None:
         assert module.eval_graph.owning_module is module
 
 
-def test_containers_are_looked_up_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only leaves cost the detour over nn.Module.__getattr__."""
+def test_children_are_looked_up_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them costs the detour over nn.Module.__getattr__."""
     model = net(lambda self, x: self.outer(x), outer=net(lambda self, x: self.inner(x), inner=nets.Block()))
     extractor = featx.create_feature_extractor(model, ["outer"])
     looked_up: List[str] = []
     original = nn.Module.__getattr__
     monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: looked_up.append(name) or original(self, name))
     extractor(X)
-    assert {"first", "second"} <= set(looked_up)
-    assert not {"outer", "inner"} & set(looked_up)
+    assert set(looked_up) == {"weight", "bias"}  # by the leaves themselves
 
 
 def test_source_lines_go_with_their_module() -> None:
@@ -341,20 +342,45 @@ def test_dual_graph_module_by_hand() -> None:
     [
         lambda e: setattr(getattr(e.a, "0"), "second", nn.Linear(4, 4)),
         lambda e: getattr(e.a, "0")._modules.__setitem__("second", nn.Linear(4, 4)),
+        lambda e: getattr(e.a, "0")._modules.update(second=nn.Linear(4, 4)),
+        lambda e: setattr(getattr(e.a, "0"), "_modules", dict(nets.Block()._modules)),
         lambda e: setattr(e.a, "0", nets.Block()),
+        lambda e: e.a._modules.update({"0": nets.Block()}),
         lambda e: setattr(e, "a", nn.Sequential(nets.Block())),
+        lambda e: e._modules.__setitem__("a", nn.Sequential(nets.Block())),
+        lambda e: setattr(e, "_modules", {"a": nn.Sequential(nets.Block())}),
+        lambda e: e._modules.pop("a") and e._modules.setdefault("a", nn.Sequential(nets.Block())),
         lambda e: e.add_module("a", nn.Sequential(nets.Block())),
         lambda e: e.a.add_module("0", nets.Block()),
         lambda e: e.add_submodule("a.0", nets.Block()),
         lambda e: getattr(e.a, "0").load_state_dict(nets.Block().state_dict()),
         lambda e: nn.utils.parametrize.register_parametrization(getattr(e.a, "0").first, "weight", Doubled()),
+        lambda e: prune.random_unstructured(getattr(e.a, "0").first, "weight", 5),
+        lambda e: getattr(e.a, "0").first.register_forward_hook(lambda module, args, value: value * 2),
+        lambda e: setattr(getattr(e.a, "0").first, "weight", nn.Parameter(torch.zeros(4, 4))),
+        lambda e: e._apply(lambda tensor: tensor * 2),
     ],
 )
-def test_changes_are_seen(change: Callable[[nn.Module], Any]) -> None:
-    extractor = featx.create_feature_extractor(net(lambda self, x: self.a(x), a=nn.Sequential(nets.Block())), ["a"])
+@pytest.mark.parametrize("how", ["as made", "deepcopy", "pickle"])
+def test_changes_are_seen(change: Callable[[nn.Module], Any], how: str) -> None:
+    original = featx.create_feature_extractor(net(lambda self, x: self.a(x), a=nn.Sequential(nets.Block())), ["a"])
+    extractor = {"as made": lambda e: e, **COPIES}[how](original)
     before = extractor(X)["a"]
     change(extractor)
     assert not torch.equal(extractor(X)["a"], before)
+    assert_in_step(extractor)
+    if how != "as made":
+        assert torch.equal(original(X)["a"], before)
+        assert_in_step(original)
+
+
+def assert_in_step(extractor: nn.Module) -> None:
+    """What the compiled code finds under a name is the child of this name, and nothing else stays there."""
+    for module in extractor.modules():
+        for name, child in module._modules.items():
+            assert getattr(module, name) is child, name
+        stray = {name for name, value in vars(module).items() if isinstance(value, nn.Module)} - set(module._modules)
+        assert not stray
 
 
 class Doubled(nn.Module):
@@ -371,13 +397,21 @@ class Doubled(nn.Module):
         lambda e: delattr(getattr(e, "0"), "0"),
         lambda e: e.delete_submodule("0.0"),
         lambda e: delattr(e.get_submodule("0.0"), "first"),
+        lambda e: e._modules.__delitem__("0"),
+        lambda e: e._modules.__setitem__("0", None),
+        lambda e: e._modules.pop("0"),
+        lambda e: e.get_submodule("0.0")._modules.popitem(),
+        lambda e: e.get_submodule("0.0")._modules.popitem(last=False),
+        lambda e: e.get_submodule("0.0")._modules.clear(),
+        lambda e: setattr(e.get_submodule("0.0"), "_modules", {}),
     ],
 )
 def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any]) -> None:
     extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
     delete(extractor)
-    with pytest.raises(AttributeError, match="0|first|NoneType"):
+    with pytest.raises(AttributeError, match="0|first|second|NoneType"):
         extractor(X)
+    assert_in_step(extractor)
 
 
 def test_unused_submodules_are_those_that_neither_mode_uses() -> None:
@@ -418,6 +452,90 @@ def test_attributes_of_containers_come_and_go() -> None:
         module.note = 1
         del module.note
         assert not hasattr(module, "note")
+
+
+def test_children_that_nobody_has() -> None:
+    """What was a module's ``_modules`` once, and copies of it, are dicts like any other."""
+    extractor = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
+    module, other = getattr(extractor, "0"), nn.Linear(4, 4)
+    old, copied = module._modules, module._modules.copy()
+    module._modules = dict(old)
+    for children in (old, copied, pickle.loads(pickle.dumps(old)), copy.deepcopy(old)):
+        assert list(children) == ["first", "second"]
+        children["first"] = other
+        assert children.popitem()[0] == "second"
+        children.clear()
+        with pytest.raises(KeyError):
+            children.popitem()
+    assert module.first is module._modules["first"] is not other
+    assert_in_step(extractor)
+
+
+def test_a_child_under_the_name_of_something_else() -> None:
+    """It is what is registered; the module keeps its own."""
+    extractor = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
+    children = getattr(extractor, "0")._modules
+    for name in ("training", "forward", "_modules"):
+        children[name] = nn.Linear(4, 4)
+        assert not isinstance(getattr(getattr(extractor, "0"), name), nn.Linear)
+        assert isinstance(children.pop(name, None), nn.Linear)
+        assert children.pop(name, None) is None
+    assert getattr(extractor, "0").training is True
+
+
+def test_children_stay_in_step_through_random_changes() -> None:
+    choose = random.Random(0)
+    extractor = featx.create_feature_extractor(
+        nn.Sequential(nn.Sequential(nets.Block()), nn.Sequential(nets.Block())), ["1"]
+    )
+    changes: List[Callable[[nn.Module, str, nn.Module], Any]] = [
+        lambda module, name, child: setattr(module, name, child),
+        lambda module, name, child: setattr(module, name, None),
+        lambda module, name, child: delattr(module, name),
+        lambda module, name, child: module.add_module(name, child),
+        lambda module, name, child: module.register_module(f"{name}_{choose.randrange(3)}", child),
+        lambda module, name, child: module._modules.__setitem__(name, child),
+        lambda module, name, child: module._modules.pop(name),
+        lambda module, name, child: module._modules.update({name: None, "new": child}),
+        lambda module, name, child: module._modules.setdefault(name, child),
+        lambda module, name, child: setattr(module, "_modules", {"other": child, **module._modules}),
+        lambda module, name, child: setattr(module, "_modules", module._modules),
+        lambda module, name, child: pickle.dumps(copy.copy(module)),
+        lambda module, name, child: setattr(module, name, nn.Parameter(torch.ones(1))),
+    ]
+    for step in range(600):
+        if step % 50 == 0:
+            changed = copy.deepcopy(extractor)
+        walkable = [module for module in changed.modules() if isinstance(module, featx._Walkable) and module._modules]
+        if walkable:
+            module = choose.choice(walkable)
+            choose.choice(changes)(module, choose.choice(list(module._modules)), copy.deepcopy(getattr(extractor, "0")))
+        assert_in_step(changed)
+    assert_in_step(extractor)
+
+
+def test_quantization_swaps_leaves() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3)).eval()
+    extractor = featx.create_feature_extractor(model, ["0.0", "1"])
+    observer = torch.ao.quantization.MinMaxObserver
+    extractor.qconfig = torch.ao.quantization.QConfig(observer, observer.with_args(dtype=torch.qint8))
+    prepared = torch.ao.quantization.prepare(extractor)
+    prepared(torch.rand(2, 3, 8, 8))
+    converted = torch.ao.quantization.convert(prepared)
+    assert_in_step(converted)
+    assert type(getattr(getattr(converted, "0"), "0")).__module__.startswith("torch.ao.nn.quantized")
+    quantized = torch.quantize_per_tensor(torch.rand(2, 3, 8, 8), 1 / 128, 0, torch.quint8)
+    assert converted(quantized)["1"].is_quantized
+
+
+def test_weights_that_are_assigned_or_moved() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
+    other = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
+    options = {} if older(torch="2.1") else {"assign": True}
+    extractor.load_state_dict(other.state_dict(), **options)
+    assert torch.equal(extractor(X)["0"], other(X)["0"])
+    assert extractor.to(torch.float64)(X.double())["0"].dtype == torch.float64
+    assert_in_step(extractor)
 
 
 def test_quantization_of_an_extractor() -> None:
