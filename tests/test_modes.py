@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import linecache
+import math
 import pickle
 import random
 import warnings
@@ -317,6 +318,37 @@ def test_the_name_of_a_module_is_never_code(name: str, capsys: pytest.CaptureFix
             pytest.fail(f"the name became code: {error!r}")
     assert torch.equal(value, model(X))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [
+        ((0.0,), (-0.0,)),
+        ((1,), (True,)),
+        ((1,), (1.0,)),
+        ((math.nan,), (math.inf,)),
+        ((0.1 + 0.2,), (0.3,)),
+        ((1, 2), (1,)),
+        (([1, (2,)],), ([1, [2]],)),
+        (({"a": 1},), ({"b": 1},)),
+        ((torch.float32,), (torch.float64,)),
+    ],
+    ids=str,
+)
+def test_modes_that_differ_in_one_argument(train: Any, evaluation: Any) -> None:
+    class Differing(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return noted(x, *(train if self.training else evaluation))
+
+    extractor = featx.create_feature_extractor(
+        Differing(), ["noted"], tracer_kwargs={"autowrap_functions": (noted,)}, suppress_diff_warning=True
+    )
+    for mode, expected in ((True, train), (False, evaluation), (True, train)):
+        assert repr(extractor.train(mode)(X)["noted"]) == repr(list(expected))
+
+
+def noted(x: torch.Tensor, *args: Any) -> List[Any]:
+    return list(args)
 
 
 def test_dual_graph_module_by_hand() -> None:
