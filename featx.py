@@ -1042,10 +1042,10 @@ def _plan(tracer: NodePathTracer, features: Iterable[_Feature]) -> _Plan:
 
     operations = describe(noting)
     staying, overwritten = plan(operations)
-    suspected = [
-        operation._replace(writes=operation.inputs, views=operation.inputs) if index in foreign else operation
-        for index, operation in enumerate(operations)
-    ]
+    suspected = list(operations)
+    for index in foreign:  # may do anything to its inputs
+        inputs = tuple(position[taken] for taken in nodes[index].all_input_nodes)
+        suspected[index] = operations[index]._replace(writes=inputs + operations[index].writes, views=inputs)
     if overwritten or foreign and plan(suspected) != (staying, {}):  # then look closely
         look = functools.lru_cache(maxsize=None)(_seen_inside)
         staying, _ = plan(describe(functools.partial(_looked_into, look, (True, False), _believed)))
@@ -1199,12 +1199,16 @@ def _updated(module: nn.Module, modes: Sequence[bool]) -> Iterator[Any]:
     if not isinstance(module, _NormBase) or tuple(modes) != (False,):
         yield from module._buffers.values()
     if _attribute(module, "max_norm") is not None:
-        yield from module._parameters.values()
+        yield from module.parameters()
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """An attribute, or None: what is not there, torch.nn looks for long."""
-    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
+    """An attribute, or None. Where there is none, nn.Module itself takes long to say so."""
+    is_usual = type(module).__getattr__ is nn.Module.__getattr__
+    held = (vars(module), module._parameters, module._buffers)
+    if is_usual and not hasattr(type(module), name) and not any(name in names for names in held):
+        return None
+    return getattr(module, name, None)
 
 
 _ASSERTS = (torch._assert, _assert_is_none)
@@ -1443,6 +1447,14 @@ class _ItemProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
+def _recorded(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in _IN_PLACE_OPERATORS - {"delitem", "iconcat", "setitem"}:  # fx itself takes a += b for a = a + b
+    setattr(_ItemProxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
 def _writes_first_argument(node: fx.Node, name: str) -> bool:
     if node.op == "call_module":
         return False
@@ -1518,21 +1530,27 @@ class _Children(collections.OrderedDict):  # type: ignore[type-arg]
     15 times as long. Whatever changes a module's children writes into ``_modules``, so both agree.
     """
 
-    owner: Optional[nn.Module] = None  # of a copy, nobody
+    owner: Callable[[], Optional[nn.Module]] = staticmethod(lambda: None)  # of a copy, nobody
 
     def __setitem__(self, name: str, child: Optional[nn.Module]) -> None:
-        self._hide(name)
+        before = self.get(name)
         super().__setitem__(name, child)
-        if self.owner is not None and child is not None and not _is_hidden(self.owner, name):
-            vars(self.owner)[name] = child
+        self.show(name, before)
 
     def __delitem__(self, name: str) -> None:
-        self._hide(name)
+        before = self.get(name)
         super().__delitem__(name)
+        self.show(name, before)
 
-    def _hide(self, name: str) -> None:
-        if self.owner is not None and self.get(name) is not None and vars(self.owner).get(name) is self[name]:
-            del vars(self.owner)[name]
+    def show(self, name: str, before: Optional[nn.Module]) -> None:
+        """Put what is here now in the place of what was before."""
+        owner, child = self.owner(), self.get(name)
+        if owner is None or owner._modules is not self:
+            return
+        if before is not None and vars(owner).get(name) is before:
+            del vars(owner)[name]
+        if child is not None and not _is_hidden(owner, name):
+            vars(owner)[name] = child
 
     # From Python 3.11 on, these methods of OrderedDict do without the two above.
 
@@ -1567,15 +1585,13 @@ class _Walkable(nn.Module):
         if name != "_modules":
             super().__setattr__(name, value)
             return
-        attributes = vars(self)
-        for given, child in attributes[name].items():
-            if child is not None and attributes.get(given) is child:
-                del attributes[given]
-        if getattr(attributes[name], "owner", None) is self:
-            attributes[name].owner = None
-        attributes[name] = _Children()
-        attributes[name].owner = self
-        attributes[name].update(value)
+        before, children = self._modules, _Children(value)
+        children.owner = weakref.ref(self)
+        vars(self)[name] = children
+        for given, child in before.items():
+            children.show(given, child)
+        for given in children:
+            children.show(given, None)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -1752,7 +1768,7 @@ def _are_alike(train: fx.Graph, evaluation: fx.Graph) -> bool:
     return (
         len(train.nodes) == len(evaluation.nodes)
         and type(train._codegen) is type(evaluation._codegen)
-        and vars(train._codegen) == vars(evaluation._codegen)
+        and repr(vars(train._codegen)) == repr(vars(evaluation._codegen))
         and all(map(_are_alike_nodes, train.nodes, evaluation.nodes))
     )
 
@@ -2066,7 +2082,9 @@ def _differs(buffer: torch.Tensor, content: torch.Tensor) -> bool:
         return False
 
 
-_CONTAINERS = frozenset([dict, list, set, tuple, collections.OrderedDict, collections.defaultdict, collections.deque])
+_CONTAINERS = frozenset(
+    [dict, list, set, tuple, collections.OrderedDict, collections.defaultdict, collections.deque, _Children]
+)
 
 
 def _find_containers(modules: Iterable[nn.Module]) -> List[Any]:

@@ -1,50 +1,109 @@
-"""Listing names and creating extractors: featx, torchvision and two bare traces."""
+"""Listing names and creating extractors. The floor: two bare traces, and the code of each."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from typing import Any, Callable, Dict
 
 import pytest
-from torch import fx
+import torch
+from torch import nn
 from torchvision.models import feature_extraction as torchvision
 from torchvision.models import get_model
 
 import featx
-from benchmarks.ratios import ratio, take_turns
+from benchmarks.competitors import traces, traces_and_codes
+from benchmarks.turns import Turns
+
+MODELS = ["resnet50", "densenet201", "efficientnet_v2_l", "swin_v2_b", "maxvit_t", "mvit_v2_s"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+class Functions(nn.Module):
+    """Many functions in one scope."""
+
+    def __init__(self, operations: int) -> None:
+        super().__init__()
+        self.operations = operations
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.operations):
+            x = torch.relu(x)
+        return x
 
 
-@pytest.mark.parametrize("name", ["densenet201", "maxvit_t", "mvit_v2_s"])
-def test_names(name: str, benchmark: Any, record_ratio: Any) -> None:
+def deep(operations: int) -> nn.Module:
+    """One Sequential."""
+    return nn.Sequential(*(nn.ReLU() for _ in range(operations)))
+
+
+def nested(operations: int) -> nn.Module:
+    """Containers of four containers of four ..."""
+    modules = [nn.ReLU() for _ in range(operations)]
+    while len(modules) > 1:
+        modules = [nn.Sequential(*modules[at : at + 4]) for at in range(0, len(modules), 4)]
+    return modules[0]
+
+
+SHAPES: Dict[str, Callable[[int], nn.Module]] = {
+    "deep Sequential": deep,
+    "nested containers": nested,
+    "functions in one scope": Functions,
+}
+SIZES = [250 * 2**step for step in range(7)]
+# 8,000 functions in one scope take torchvision half a minute, and each time that twice as many take four times as long.
+MOST_FOR_TORCHVISION = 2000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names(name: str, turns: Turns) -> None:
     model = get_model(name, weights=None)
     assert featx.get_graph_node_names(model) == torchvision.get_graph_node_names(model)
-    functions = {
-        "traces": lambda: [fx.Tracer().trace(model.train(mode)) for mode in (True, False)],
+    competitors = {"two traces": lambda: traces(model), **listing(model)}
+    turns.take(competitors, to="two traces", least=7, collect=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_create(name: str, turns: Turns) -> None:
+    model = get_model(name, weights=None)
+    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model)}
+    ours, theirs = (competitors[library]() for library in ("featx", "torchvision"))
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    turns.take(competitors, to="two traces and codes", least=7, collect=True)
+
+
+@pytest.mark.parametrize("operations", SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_growth_of_names(shape: str, operations: int, turns: Turns) -> None:
+    model = SHAPES[shape](operations)
+    names = featx.get_graph_node_names(model).eval
+    assert len(set(names)) == operations + 1
+    competitors = {"two traces": lambda: traces(model), **listing(model)}
+    if operations > MOST_FOR_TORCHVISION:
+        del competitors["torchvision"]
+    turns.take(competitors, to="two traces", budget=2, collect=True, operations=operations, shape=shape)
+
+
+@pytest.mark.parametrize("operations", SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_growth_of_creation(shape: str, operations: int, turns: Turns) -> None:
+    model, x = SHAPES[shape](operations), torch.randn(3)
+    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model)}
+    if operations > MOST_FOR_TORCHVISION:
+        del competitors["torchvision"]
+    assert [torch.equal(value, x.relu()) for value in competitors["featx"]()(x).values()] == [True]
+    turns.take(competitors, to="two traces and codes", budget=2, collect=True, operations=operations, shape=shape)
+
+
+def listing(model: nn.Module) -> Dict[str, Callable[[], Any]]:
+    return {
         "featx": lambda: featx.get_graph_node_names(model),
         "torchvision": lambda: torchvision.get_graph_node_names(model),
     }
-    seconds = take_turns(functions, 7, collect=True)
-    benchmark.pedantic(functions["featx"], rounds=3)
-    record_ratio(f"names {name}", ratio(seconds, "featx", "traces"), ratio(seconds, "torchvision", "traces"))
 
 
-@pytest.mark.parametrize("name", ["densenet201", "mvit_v2_s", "resnet50"])
-def test_create(name: str, benchmark: Any, record_ratio: Any) -> None:
-    model = get_model(name, weights=None)
-    last = featx.get_graph_node_names(model).eval[-1]
-    functions = {
-        "featx": lambda: featx.create_feature_extractor(model, [last]),
-        "torchvision": lambda: torchvision.create_feature_extractor(model, [last]),
+def creating(model: nn.Module) -> Dict[str, Callable[[], Any]]:
+    last = featx.get_graph_node_names(model).eval[-1:]
+    return {
+        "featx": lambda: featx.create_feature_extractor(model, last),
+        "featx exact": lambda: featx.create_feature_extractor(model, last, exact=True),
+        "torchvision": lambda: torchvision.create_feature_extractor(model, last),
     }
-    ours, theirs = (set(function().state_dict()) for function in functions.values())
-    assert ours == theirs
-    seconds = take_turns(functions, 9, collect=True)
-    benchmark.pedantic(functions["featx"], rounds=3)
-    record_ratio(f"create {name}", ratio(seconds, "torchvision", "featx"))

@@ -1,35 +1,92 @@
-"""Forward at full depth: featx, torchvision and the model itself."""
+"""Forward at full depth, a model of each family. The floor: straight-line code with every leaf bound beforehand."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+import os
+from typing import Any, Callable, Dict, Tuple
 
 import pytest
 import torch
-from torchvision.models import feature_extraction as torchvision
+from torch import nn
 from torchvision.models import get_model
 
 import featx
-from benchmarks.ratios import ratio, take_turns
+from benchmarks.competitors import extractors, straight_line
+from benchmarks.turns import Turns
 
-MODELS = ["resnet18", "densenet121", "shufflenet_v2_x0_5", "mobilenet_v3_small", "efficientnet_b0"]
+SMALL, USUAL = (3, 64, 64), (3, 224, 224)
+MODELS: Dict[str, Dict[str, Tuple[int, ...]]] = {
+    "resnet18": {"small": SMALL, "usual": USUAL},
+    "densenet121": {"small": SMALL, "usual": USUAL},
+    "shufflenet_v2_x0_5": {"small": SMALL, "usual": USUAL},
+    "mobilenet_v3_small": {"small": SMALL, "usual": USUAL},
+    "efficientnet_b0": {"small": SMALL, "usual": USUAL},
+    "convnext_tiny": {"small": SMALL, "usual": USUAL},
+    "vit_b_32": {"small": SMALL, "usual": USUAL},
+    "swin_t": {"small": SMALL, "usual": USUAL},
+    "lraspp_mobilenet_v3_large": {"small": SMALL, "usual": USUAL},
+    "r3d_18": {"small": (3, 8, 32, 32), "usual": (3, 16, 112, 112)},
+}
+CASES = [(name, size, batch) for name in MODELS for size in ("small", "usual") for batch in (1, 32)]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_forward(name: str, benchmark: Any, record_ratio: Any) -> None:
-    torch.set_num_threads(1)
-    model, x = get_model(name, weights=None).eval(), torch.rand(1, 3, 32, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        last = featx.get_graph_node_names(model).eval[-1]
-        ours = featx.create_feature_extractor(model, [last])
-        theirs = torchvision.create_feature_extractor(model, [last])
-    with torch.no_grad():
-        assert torch.equal(ours(x)[last], model(x))
-        assert torch.equal(theirs(x)[last], model(x))
-        seconds = take_turns(
-            {"eager": lambda: model(x), "featx": lambda: ours(x), "torchvision": lambda: theirs(x)}, 300
+def make(name: str, size: str, batch: int, device: str) -> Tuple[nn.Module, torch.Tensor]:
+    """A model in eval mode and an input for it; usual inputs get all threads."""
+    torch.set_num_threads(1 if size == "small" else os.cpu_count() or 1)
+    arguments: Dict[str, Any] = {"weights": None}
+    if name.startswith("lraspp"):
+        arguments["weights_backbone"] = None
+    if name.startswith("vit"):
+        arguments["image_size"] = MODELS[name][size][-1]
+    model = get_model(name, **arguments).eval().to(device)
+    return model, torch.rand(batch, *MODELS[name][size], device=device)
+
+
+def output_of(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> torch.Tensor:
+    """What a model returns, or what is in the dict that it returns."""
+    output = model(x)
+    return next(iter(output.values())) if isinstance(output, dict) else output
+
+
+@pytest.mark.parametrize(("name", "size", "batch"), CASES)
+def test_forward(name: str, size: str, batch: int, turns: Turns, device: str, not_run: Callable[[str], Any]) -> None:
+    if device == "cpu" and (name, size, batch) == ("r3d_18", "usual", 32):
+        not_run("one forward takes half a minute on two cores; --device cuda runs it")
+    model, x = make(name, size, batch, device)
+    made = extractors(model, featx.get_graph_node_names(model, suppress_diff_warning=True).eval[-1:])
+    modules = {"eager": model, **made, "straight line": straight_line(made["featx"])}
+    with torch.inference_mode():
+        expected = output_of(model, x)
+        for competitor in modules.values():
+            assert torch.equal(output_of(competitor, x), expected)
+        turns.take(
+            {key: lambda module=module: module(x) for key, module in modules.items()},
+            to="eager",
+            budget=8 if size == "small" and batch == 1 else 2,
+            model=name,
+            size=size,
+            batch=batch,
         )
-        benchmark(ours, x)
-    record_ratio(name, ratio(seconds, "featx", "eager"), ratio(seconds, "torchvision", "eager"))
+
+
+@pytest.mark.parametrize(("name", "size", "batch"), CASES)
+def test_compiled(name: str, size: str, batch: int, turns: Turns, device: str, not_run: Callable[[str], Any]) -> None:
+    if device == "cpu" and (size, batch) != ("small", 1):
+        not_run("compiling takes minutes on two cores; --device cuda runs it")
+    model, x = make(name, size, batch, device)
+    made = extractors(model, featx.get_graph_node_names(model, suppress_diff_warning=True).eval[-1:])
+    modules = {"eager": model, "featx": made["featx"], "torchvision": made["torchvision"]}
+    torch.compiler.reset()
+    compiled = {key: torch.compile(module) for key, module in modules.items()}
+    with torch.no_grad():
+        expected = output_of(model, x)
+        for competitor in compiled.values():
+            torch.testing.assert_close(output_of(competitor, x), expected, rtol=1e-3, atol=1e-3)
+        turns.take(
+            {key: lambda module=module: module(x) for key, module in compiled.items()},
+            to="eager",
+            budget=3,
+            model=name,
+            size=size,
+            batch=batch,
+        )

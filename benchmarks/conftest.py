@@ -1,22 +1,134 @@
+"""Options, fixtures, and the results: printed, and saved with ``--save`` if all benchmarks of the device ran."""
+
 from __future__ import annotations
 
-from typing import Any, Callable
+import json
+import platform
+import re
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import pytest
+import torch
+import torchvision
 
-LINES = pytest.StashKey[list]()
+import featx
+from benchmarks.turns import Turns
+
+RESULTS = Path(__file__).parent / "results"
+FOUND = pytest.StashKey[List[Dict[str, Any]]]()
+NOT_RUN = pytest.StashKey[Dict[str, str]]()
+IS_PARTIAL = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the models compute")
+    parser.addoption("--save", action="store_true", help="write benchmarks/results/<machine>.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LINES] = []
+    config.stash[FOUND], config.stash[NOT_RUN], config.stash[IS_PARTIAL] = [], {}, False
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU, so that nothing was run")
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items[:1]:
+        item.config.stash[IS_PARTIAL] = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """On a GPU runs what computes there; tracing and the like do not."""
+    if config.getoption("--device") == "cuda":
+        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+        config.stash[NOT_RUN]["names, creation, flips, copies, import"] = "they do not compute; --device cpu runs them"
+    else:
+        config.stash[NOT_RUN]["CUDA"] = "--device cuda runs it on a machine with a GPU"
 
 
 @pytest.fixture
-def record_ratio(request: pytest.FixtureRequest) -> Callable[..., None]:
-    return lambda *columns: request.config.stash[LINES].append(columns)
+def device(request: pytest.FixtureRequest) -> Any:
+    """Where the models compute."""
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def turns(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Turns]:
+    yield Turns(benchmark, request.config.getoption("--device"))
+    if benchmark.extra_info:
+        request.config.stash[FOUND].append({"benchmark": request.node.name, **benchmark.extra_info})
+
+
+@pytest.fixture
+def not_run(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Leave a benchmark out; the report and the results say so and why."""
+
+    def leave_out(reason: str) -> None:
+        request.config.stash[NOT_RUN][request.node.name] = reason
+        pytest.skip(reason)
+
+    return leave_out
+
+
+@pytest.fixture(autouse=True)
+def _alike() -> Iterator[None]:
+    """One thread, unless a benchmark says otherwise, and the same random numbers each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+def machine(device: str) -> Dict[str, Any]:
+    """What timings depend on, and nothing that tells which machine it was."""
+    cpu = pytest.importorskip("cpuinfo").get_cpu_info()
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else cpu.get("brand_raw", platform.machine()),
+        "cores": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "featx": featx.__version__,
+    }
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    found, is_whole = config.stash[FOUND], not config.stash[IS_PARTIAL]
+    if not (found and config.getoption("--save") and is_whole and exitstatus == pytest.ExitCode.OK):
+        return
+    device = config.getoption("--device")
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
+    results = {
+        "device": device,
+        "machine": machine(device),
+        "commit": {"id": commit["id"], "changed_since": commit["dirty"]},
+        "not_run": config.stash[NOT_RUN],
+        "benchmarks": found,
+    }
+    cores = "" if device == "cuda" else f" {results['machine']['cores']} cores"
+    name = re.sub(r"\W+", "-", re.sub(r"\(\w+\)", "", results["machine"]["processor"] + cores).lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminalreporter.section("medians of ratios (quartiles)")
-    for name, *columns in config.stash[LINES]:
-        terminalreporter.line(f"{name:24}" + "".join(f"{column:48}" for column in columns).rstrip())
+    for row in config.stash[FOUND]:
+        if "ratios" not in row:
+            continue
+        terminalreporter.line(f"{row['benchmark']}, compared with {row['to']}, {row['rounds']} rounds")
+        for name, (low, middle, high) in row["ratios"].items():
+            facts = "".join(f", {row[fact][name]:.1f} {fact}" for fact in FACTS if name in row.get(fact, {}))
+            milliseconds = f"{1e3 * row['seconds'][name]:.2f} ms"
+            terminalreporter.line(f"    {name:20} {middle:6.3f} ({low:.3f} to {high:.3f})  {milliseconds}{facts}")
+    for name, reason in config.stash[NOT_RUN].items():
+        terminalreporter.line(f"not run: {name}: {reason}")
+
+
+FACTS = ("million parameters", "MiB at most")

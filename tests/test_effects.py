@@ -276,6 +276,33 @@ def test_containers_of_all_sorts() -> None:
     assert len(model.cycle) == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda extractor, other: setattr(extractor, "0", other),
+        lambda extractor, other: extractor._modules.pop("1"),
+        lambda extractor, other: setattr(extractor, "more", other),
+        lambda extractor, other: extractor._modules.clear(),
+    ],
+)
+def test_the_modules_of_an_extractor_inside(change: Callable[[nn.Module, nn.Module], Any]) -> None:
+    """Where its children stand, they are what they were."""
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), ["1"])
+
+    def forward(self: Any, x: Any) -> Any:
+        extractor = self.inner
+        first = getattr(extractor, "0")
+        change(extractor, self.other)
+        return first(x)
+
+    model = net(forward, inner=extractor, other=nn.Linear(4, 4))
+    before, attributes = dict(extractor._modules), set(vars(extractor))
+    featx.get_graph_node_names(model)
+    assert list(extractor._modules.items()) == list(before.items())
+    assert set(vars(extractor)) == attributes
+    assert all(getattr(extractor, name) is child for name, child in before.items())
+
+
 @pytest.mark.skipif(not hasattr(torch, "uint4"), reason="this torch has no such type")
 def test_a_buffer_that_cannot_be_copied() -> None:
     model = nets.Block()

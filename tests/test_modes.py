@@ -10,6 +10,7 @@ import math
 import pickle
 import random
 import warnings
+import weakref
 from typing import Any, Callable, Dict, List, Set
 
 import pytest
@@ -19,7 +20,7 @@ from torch.nn.utils import prune
 
 from tests import featx, nets
 from tests.nets import net
-from tests.versions import needs, older
+from tests.versions import needs, older, version
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 BOTH = {"body": "b", "head": "h", "output": "o"}
@@ -495,6 +496,7 @@ def test_children_that_nobody_has() -> None:
     for children in (old, copied, pickle.loads(pickle.dumps(old)), copy.deepcopy(old)):
         assert list(children) == ["first", "second"]
         children["first"] = other
+        assert module.first is module._modules["first"] is not other
         assert children.popitem()[0] == "second"
         children.clear()
         with pytest.raises(KeyError):
@@ -544,6 +546,40 @@ def test_children_stay_in_step_through_random_changes() -> None:
             choose.choice(changes)(module, choose.choice(list(module._modules)), copy.deepcopy(getattr(extractor, "0")))
         assert_in_step(changed)
     assert_in_step(extractor)
+
+
+@needs("torch.compile", torch="2.0")
+@pytest.mark.xfail(
+    version("torch")[:2] in ((2, 4), (2, 5)),
+    reason="torch.compile of 2.4 and 2.5 takes modules for exact dicts where it lists parameters",
+    strict=True,
+)
+def test_parameters_are_listed_in_compiled_code() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), ["0"])
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return extractor(x)["0"].sum() + sum(parameter.square().sum() for parameter in extractor.parameters())
+
+    assert torch.allclose(torch.compile(loss, backend="eager")(X), loss(X))
+
+
+def test_children_that_are_deleted_are_freed() -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
+    freed = weakref.ref(getattr(extractor, "0"))
+    del extractor._modules["0"]
+    assert freed() is None
+
+
+def test_a_graph_with_a_code_generator_of_its_own() -> None:
+    class Generator(fx.graph.CodeGen):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.ones(2)  # whose comparison is not a bool
+
+    graphs = [fx.Tracer().trace(nn.Sequential(nn.ReLU())) for _ in range(2)]
+    for graph in graphs:
+        graph.set_codegen(Generator())
+    assert torch.equal(featx.DualGraphModule(nn.Sequential(nn.ReLU()), *graphs)(X), X.relu())
 
 
 def test_quantization_swaps_leaves() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import linecache
 import random
 import warnings
@@ -486,6 +487,102 @@ def test_a_scripted_submodule_as_a_leaf() -> None:
     model, x = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.ReLU()), torch.rand(2, 4)
     kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
     assert torch.equal(featx.create_feature_extractor(model, ["1"], tracer_kwargs=kwargs)(x)["1"], model(x))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_scripted_submodule_that_works_in_place(loaded: bool) -> None:
+    """It answers for ``inplace`` in a way of its own."""
+    leaf = torch.jit.script(nn.ReLU(inplace=True))
+    if loaded:
+        file = io.BytesIO()
+        torch.jit.save(leaf, file)
+        leaf = torch.jit.load(io.BytesIO(file.getvalue()))
+    model, x = nn.Sequential(nn.Linear(4, 4), leaf), torch.randn(2, 4)
+    kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
+    extractor = featx.create_feature_extractor(model, ["0", "1"], exact=True, tracer_kwargs=kwargs)
+    assert torch.equal(extractor(x)["0"], model[0](x))
+
+
+def test_a_property_that_raises() -> None:
+    class Leaf(nn.Module):
+        @property
+        def inplace(self) -> bool:
+            raise AttributeError("nobody knows")
+
+        max_norm = inplace
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight
+
+    leaf = Leaf()
+    leaf.weight = nn.Parameter(torch.ones(4))
+    model, x = net(lambda self, x: self.leaf(x) * self.leaf.weight, leaf=leaf), torch.rand(4)
+    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs={"leaf_modules": [Leaf]})
+    assert torch.equal(extractor(x)["mul"], model(x))
+
+
+class Renorming(nn.Module):
+    """Changes what is a parameter of a part of it."""
+
+    max_norm = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.embedding.weight.renorm_(2, 0, self.max_norm)
+        return self.embedding(indices)
+
+
+def test_a_leaf_that_renorms_a_part_of_itself() -> None:
+    def forward(self: Any, indices: Any) -> Any:
+        value = self.leaf(indices)
+        return self.leaf.embedding.weight * 2, value
+
+    model, indices = net(forward, leaf=Renorming()), torch.tensor([0, 1])
+    kwargs = {"leaf_modules": [Renorming]}
+    extractor = featx.create_feature_extractor(copy.deepcopy(model), ["mul"], tracer_kwargs=kwargs)
+    assert torch.equal(extractor(indices)["mul"], model(indices)[0])
+
+
+class Multiplying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def bump(x: torch.Tensor, y: torch.Tensor) -> None:
+    y += x
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("query", ["leaf_weight", "leaf"])
+def test_a_function_that_adds_to_what_it_is_given(exact: bool, query: str) -> None:
+    """On proxies ``y += x`` is ``y = y + x``, on tensors it is not."""
+
+    def forward(self: Any, x: Any) -> Any:
+        y, weight = self.leaf(x), self.leaf.weight
+        bump(x, y)
+        return y + weight
+
+    model, x = net(forward, leaf=Multiplying()), torch.rand(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        extractor = featx.create_feature_extractor(
+            model,
+            [query, "output"],
+            exact=exact,
+            tracer_kwargs={"leaf_modules": [Multiplying], "autowrap_functions": [bump]},
+        )
+    assert torch.equal(extractor(x)["output"], model(x))
+    assert torch.equal(extractor(x)[query], {"leaf_weight": model.leaf.weight, "leaf": model.leaf(x)}[query]) == (
+        exact or query == "leaf_weight"
+    )
 
 
 def test_a_buffer_that_two_modules_share() -> None:

@@ -1,0 +1,85 @@
+"""What else one does with an extractor: change its mode, copy it, save it; and the import of featx itself."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any, Callable, Dict
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from benchmarks.competitors import extractors
+from benchmarks.turns import Turns
+
+MODELS = ["resnet50", "densenet201", "swin_t"]
+LAST = {"resnet50": "fc", "densenet201": "classifier", "swin_t": "head"}
+
+
+def modules(name: str) -> Dict[str, nn.Module]:
+    """The whole model, and extractors of its last node."""
+    model = get_model(name, weights=None)
+    return {"the model": model, **extractors(model, [LAST[name]])}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mode_flips(name: str, turns: Turns) -> None:
+    found = modules(name)
+
+    def flip(module: nn.Module) -> None:
+        module.train()
+        module.eval()
+
+    for module in found.values():
+        assert all(part.training for part in module.train().modules())
+        assert not any(part.training for part in module.eval().modules())
+    turns.take({key: lambda module=module: flip(module) for key, module in found.items()}, to="the model", budget=3)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", MODELS[::2])
+def test_copies(name: str, how: str, turns: Turns) -> None:
+    copies: Dict[str, Callable[[Any], Any]] = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    }
+    found, x = {key: module.eval() for key, module in modules(name).items()}, torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for key in ("featx", "featx exact"):  # of torchvision's, a copy is in train mode, or has one mode only
+            assert torch.equal(copies[how](found[key])(x)[LAST[name]], found["the model"](x))
+    calls = {key: lambda module=module: copies[how](module) for key, module in found.items()}
+    turns.take(calls, to="the model", collect=True)
+
+
+IMPORT = """
+import sys, time
+{before}
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start)
+assert "{module}" in sys.modules
+"""
+
+
+def test_import(turns: Turns) -> None:
+    """In new processes, after torch, or what else there must be."""
+    sources = {
+        "featx, after torch": IMPORT.format(before="import torch", module="featx"),
+        "torchvision's, after torch": IMPORT.format(
+            before="import torch", module="torchvision.models.feature_extraction"
+        ),
+        "torch": IMPORT.format(before="", module="torch"),
+    }
+    rounds: Dict[str, list[float]] = {key: [] for key in sources}
+
+    def one_round() -> None:
+        for key, source in sources.items():
+            done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True)
+            rounds[key].append(float(done.stdout))
+
+    turns.benchmark.pedantic(one_round, rounds=9, warmup_rounds=1)
+    turns.store_rounds(rounds, to="torch")

@@ -1,0 +1,112 @@
+"""Lets competitors take turns within one process, and keeps what may be quoted: medians of ratios, and their spread."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import statistics
+import time
+from typing import Any, Callable, Dict, Iterable, List, Tuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Competitors = Dict[str, Callable[[], Any]]
+
+
+@dataclasses.dataclass
+class Turns:
+    """Times competitors, on the device that the benchmarks run on.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark, which runs and stores the rounds.
+        device: ``"cpu"`` or ``"cuda"``; the second is synchronized before and after each call.
+    """
+
+    benchmark: Any
+    device: str
+
+    def take(
+        self, competitors: Competitors, to: str, budget: float = 4, least: int = 3, collect: bool = False, **facts: Any
+    ) -> None:
+        """Call each competitor once in each round, in random order, after a round that does not count.
+
+        Args:
+            competitors: what to time, by name.
+            to: the name of the one that the others are compared with, in each round.
+            budget: about as many seconds as the rounds shall take in all.
+            least: at least as many rounds, however long they take; at most there are 200.
+            collect: collect garbage before each call, so that nobody pays for what another left.
+            facts: what else is to be stored, such as parameters.
+        """
+        rounds: Dict[str, List[float]] = {name: [] for name in competitors}
+        order = list(competitors)
+        shuffle = random.Random(0).shuffle
+
+        def one_round() -> None:
+            shuffle(order)
+            for name in order:
+                rounds[name].append(self._seconds(competitors[name], collect))
+
+        one_round()
+        first = sum(seconds.pop() for seconds in rounds.values())
+        self.benchmark.pedantic(one_round, rounds=max(least, min(200, int(budget / first))))
+        self.store_rounds(rounds, to)
+        self.store(**facts)
+
+    def store_rounds(self, rounds: Dict[str, List[float]], to: str) -> None:
+        """Keep the seconds and the ratios of competitors that took turns."""
+        self.store(
+            to=to,
+            rounds=len(rounds[to]),
+            seconds={name: statistics.median(seconds) for name, seconds in rounds.items()},
+            ratios={name: quartiles(a / b for a, b in zip(rounds[name], rounds[to])) for name in rounds},
+        )
+
+    def store(self, **facts: Any) -> None:
+        """Keep facts beside the times."""
+        self.benchmark.extra_info.update(facts)
+
+    def _seconds(self, function: Callable[[], Any], collect: bool) -> float:
+        if collect:
+            gc.collect()
+        self._synchronize()
+        start = time.perf_counter()
+        function()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self, function: Callable[[], Any]) -> int:
+        """The most bytes that are allocated at a time while the function runs, beyond what was before."""
+        function()
+        gc.collect()
+        if self.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            function()
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        # The events of the allocator itself: bytes, negative when they are given back.
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert events, "the profiler records memory"
+        peak = now = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        return peak
+
+
+def quartiles(values: Iterable[float]) -> Tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile.
+
+    >>> quartiles([3, 1, 2])
+    (1.5, 2.0, 2.5)
+    """
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
