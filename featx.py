@@ -1204,9 +1204,8 @@ def _updated(module: nn.Module, modes: Sequence[bool]) -> Iterator[Any]:
 
 def _attribute(module: nn.Module, name: str) -> Any:
     """An attribute, or None. Where there is none, nn.Module itself takes long to say so."""
-    is_usual = type(module).__getattr__ is nn.Module.__getattr__
-    held = (vars(module), module._parameters, module._buffers)
-    if is_usual and not hasattr(type(module), name) and not any(name in names for names in held):
+    is_usual = type(module).__getattr__ is nn.Module.__getattr__ and not hasattr(type(module), name)
+    if is_usual and name not in vars(module) and name not in module._parameters and name not in module._buffers:
         return None
     return getattr(module, name, None)
 
@@ -2090,14 +2089,12 @@ _CONTAINERS = frozenset(
 def _find_containers(modules: Iterable[nn.Module]) -> List[Any]:
     """The attributes of all modules as dicts, and the containers among them, however deep."""
     waiting: List[Any] = list(map(vars, modules))
-    found: Dict[int, Any] = {id(attributes): attributes for attributes in waiting}
+    found: Dict[int, Any] = dict(zip(map(id, waiting), waiting))
     while waiting:
-        container = waiting.pop()
-        for item in container.values() if isinstance(container, dict) else container:
-            if type(item) in _CONTAINERS and id(item) not in found:
-                found[id(item)] = item
-                if item:
-                    waiting.append(item)
+        held = itertools.chain.from_iterable(c.values() if isinstance(c, dict) else c for c in waiting)
+        inside = {id(item): item for item in held if type(item) in _CONTAINERS}
+        waiting = [container for key, container in inside.items() if container and key not in found]
+        found.update(inside)
     return [container for container in found.values() if type(container) is not tuple]
 
 

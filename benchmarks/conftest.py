@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import warnings
@@ -88,7 +89,7 @@ def machine(device: str) -> Dict[str, Any]:
     cpu = pytest.importorskip("cpuinfo").get_cpu_info()
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else cpu.get("brand_raw", platform.machine()),
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

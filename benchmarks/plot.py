@@ -1,0 +1,169 @@
+"""Draws benchmarks/plots from benchmarks/results, and prints the README's table: ``python -m benchmarks.plot``."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
+
+HERE = Path(__file__).parent
+Row = Dict[str, Any]
+# The same colour everywhere; grey is for what no extractor can be better than.
+COLOURS = {
+    "featx": "#0072b2",
+    "featx exact": "#56b4e9",
+    "torchvision": "#d55e00",
+    "IntermediateLayerGetter": "#cc79a7",
+    "hooks": "#e69f00",
+    "stopping hooks": "#009e73",
+}
+FLOOR = "#888888"
+
+
+def results() -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """The results of each machine: ``(name of the file, what is in it)``."""
+    for path in sorted((HERE / "results").glob("*.json")):
+        yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+
+
+def chosen(rows: Iterable[Row], benchmark: str, **facts: Any) -> List[Row]:
+    """The results of a benchmark for which the facts are true."""
+    return [
+        row
+        for row in rows
+        if row["benchmark"].split("[")[0] == benchmark and all(row.get(key) == value for key, value in facts.items())
+    ]
+
+
+def title(found: Dict[str, Any]) -> str:
+    """Which machine and which versions."""
+    machine = found["machine"]
+    cores = f", {machine['cores']} cores" * (found["device"] == "cpu")
+    return f"{machine['processor']}{cores}, torch {machine['torch']}, torchvision {machine['torchvision']}"
+
+
+# ------------------------------------------------------------------------------- the README's table
+
+
+def table(found: Dict[str, Any]) -> str:
+    """Medians of ratios as a table; of several models the median and the extremes."""
+    rows = found["benchmarks"]
+    small = {"size": "small", "batch": 1}
+    lines = [
+        ("names of six models", "two bare traces", chosen(rows, "test_names")),
+        ("names, 16,000 operations", "two bare traces", chosen(rows, "test_growth_of_names", operations=16000)),
+        ("creation, six models", "two bare traces and their code", chosen(rows, "test_create")),
+        ("forward, ten models, small inputs", "eager", chosen(rows, "test_forward", **small)),
+        ("forward, ten models, compiled", "eager, compiled", chosen(rows, "test_compiled", **small)),
+        *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_features")),
+        *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_training_step")),
+        ("`train()` and `eval()`", "the model's own", chosen(rows, "test_mode_flips")),
+    ]
+    columns = ["featx", "torchvision", "stopping hooks", "hooks"]
+    text = ["| time of | as a multiple of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for what, to, of in lines:
+        if of:
+            text.append(f"| {what} | {to} | " + " | ".join(cell(of, column) for column in columns) + " |")
+    return "\n".join(text)
+
+
+def cell(rows: List[Row], name: str) -> str:
+    """``"0.97"`` of one result, ``"0.97 (0.93 to 1.01)"`` of several, nothing where it was not run."""
+    medians = [row["ratios"][name][1] for row in rows if name in row["ratios"]]
+    if not medians:
+        return ""
+    middle, spread = f"{statistics.median(medians):.2f}", f" ({min(medians):.2f} to {max(medians):.2f})"
+    return middle + spread * (len(medians) > 1)
+
+
+# ----------------------------------------------------------------------------------------- drawing
+
+
+def draw(name: str, found: Dict[str, Any]) -> None:
+    """The plots of one machine."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "featx", "font.size": 9, "axes.spines.top": False})
+    matplotlib.rcParams["axes.spines.right"] = False
+    for plot in (forward, features, growth):
+        figure = plot(found["benchmarks"])
+        if figure is not None:
+            figure.suptitle(title(found), fontsize=8)
+            figure.savefig(HERE / "plots" / f"{plot.__name__}-{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def forward(rows: List[Row]) -> Any:
+    """Forward at full depth, small inputs, against eager."""
+    shown = chosen(rows, "test_forward", size="small", batch=1)
+    return _ratios(shown, "model", ["torchvision", "featx", "straight line"], "forward, as a multiple of eager's time")
+
+
+def features(rows: List[Row]) -> Any:
+    """Stages and blocks, against code that is cut by hand."""
+    shown = chosen(rows, "test_features")
+    ways = ["hooks", "torchvision", "IntermediateLayerGetter", "stopping hooks", "featx"]
+    return _ratios(shown, "task", ways, "time, as a multiple of that of eager code cut by hand", log=True)
+
+
+def _ratios(rows: List[Row], label: str, names: List[str], caption: str, log: bool = False) -> Any:
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return None
+    figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1))
+    axes = figure.subplots()
+    axes.axvline(1, color=FLOOR, linewidth=1)
+    for offset, name in enumerate(names):
+        places = [(at + 0.14 * (len(names) / 2 - offset), row) for at, row in enumerate(rows) if name in row["ratios"]]
+        low, middle, high = zip(*(row["ratios"][name] for _, row in places))
+        errors = [[b - a for a, b in zip(low, middle)], [c - b for b, c in zip(middle, high)]]
+        colour = COLOURS.get(name, FLOOR)
+        axes.errorbar(middle, [at for at, _ in places], xerr=errors, fmt="o", color=colour, label=name, markersize=4)
+    axes.set_yticks(range(len(rows)), [row[label] for row in rows])
+    axes.invert_yaxis()
+    if log:
+        axes.set_xscale("log")
+        axes.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+        axes.minorticks_off()
+    axes.set_xlabel(f"{caption} (medians and quartiles)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def growth(rows: List[Row]) -> Any:
+    """Seconds against operations, both on logarithmic scales."""
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(row["shape"] for row in chosen(rows, "test_growth_of_names")))
+    if not shapes:
+        return None
+    figure = Figure(figsize=(8.5, 5))
+    grid = figure.subplots(2, len(shapes), sharex=True, sharey=True, squeeze=False)
+    for axes_of_row, benchmark, verb in zip(
+        grid, ("test_growth_of_names", "test_growth_of_creation"), ("names", "creation")
+    ):
+        for axes, shape in zip(axes_of_row, shapes):
+            for name in ("two traces", "two traces and codes", "torchvision", "featx"):
+                shown = [row for row in chosen(rows, benchmark, shape=shape) if name in row["seconds"]]
+                if shown:
+                    x, y = zip(*((row["operations"], row["seconds"][name]) for row in shown))
+                    axes.loglog(x, y, "o-", color=COLOURS.get(name, FLOOR), label=name, markersize=3, linewidth=1)
+            axes.set_title(f"{verb}: {shape}", fontsize=8)
+            axes.set_xlabel("operations" * (benchmark == "test_growth_of_creation"))
+        axes_of_row[0].set_ylabel("seconds")
+        axes_of_row[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def main() -> None:
+    """Draw everything, and print the tables."""
+    (HERE / "plots").mkdir(exist_ok=True)
+    for name, found in results():
+        draw(name, found)
+        print(f"{title(found)}\n\n{table(found)}\n")
+
+
+if __name__ == "__main__":
+    main()
