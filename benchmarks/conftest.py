@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
+import cpuinfo
 import pytest
 import torch
 import torchvision
@@ -86,7 +87,7 @@ def _alike() -> Iterator[None]:
 
 def machine(device: str) -> Dict[str, Any]:
     """What timings depend on, and nothing that tells which machine it was."""
-    cpu = pytest.importorskip("cpuinfo").get_cpu_info()
+    cpu = cpuinfo.get_cpu_info()
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else cpu.get("brand_raw", platform.machine()),
         "cores": os.cpu_count(),

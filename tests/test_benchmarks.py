@@ -1,0 +1,89 @@
+"""The benchmarks run, refuse what they cannot do, and the README quotes what they measured."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import pytest
+import torch
+
+from benchmarks import plot
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = dict(plot.results())
+
+
+def run(*arguments: str) -> Tuple[int, str]:
+    pytest.importorskip("torchvision")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--override-ini", "python_files=bench_*.py", *arguments]
+    done = subprocess.run([*command, "--benchmark-quiet"], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_part_runs_and_is_not_saved() -> None:
+    before = {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
+    code, text = run("-k", "test_growth and functions and 250", "--save")
+    assert code == 0, text
+    assert re.search(r"test_growth_of_names\[functions in one scope-250\], compared with two traces, \d+ rounds", text)
+    assert re.search(r"^ +featx +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) +\d+\.\d\d ms$", text, re.MULTILINE)
+    assert "not run: CUDA: --device cuda runs it on a machine with a GPU" in text
+    assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_passes_on_one() -> None:
+    code, text = run("--device", "cuda")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "--device cuda: torch finds no GPU, so that nothing was run" in text
+    assert "passed" not in text
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_say_what_was_measured(name: str) -> None:
+    found = RESULTS[name]
+    assert re.fullmatch(r"[0-9a-f]{40}", found["commit"]["id"])
+    assert found["commit"]["changed_since"] is False
+    assert {"processor", "cores", "python", "torch", "torchvision", "featx"} <= set(found["machine"])
+    assert all(found["not_run"].values())
+    assert found["benchmarks"]
+    for row in found["benchmarks"]:
+        assert row["rounds"] >= 3
+        assert row["ratios"][row["to"]] == [1, 1, 1]
+        assert set(row["ratios"]) == set(row["seconds"])
+        for low, middle, high in row["ratios"].values():
+            assert 0 < low <= middle <= high
+
+
+def test_the_readme_shows_the_results() -> None:
+    assert RESULTS
+    first_screens = "\n".join(README.splitlines()[:80])
+    for found in RESULTS.values():
+        assert plot.table(found) in first_screens, "python -m benchmarks.plot prints it"
+        assert plot.title(found) in first_screens
+    plots = re.findall(r"!\[[^]]+\]\((\S+\.svg)\)", first_screens)
+    assert plots
+    for path in plots:
+        assert (ROOT / path).read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_every_machine_has_its_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plot, "HERE", tmp_path)
+    (tmp_path / "plots").mkdir()
+    for name, found in RESULTS.items():
+        plot.draw(name, found)
+    drawn = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert drawn == {path.name for path in (ROOT / "benchmarks" / "plots").iterdir()}
+    assert len(drawn) == 3 * len(RESULTS)
+
+
+def test_cells_of_the_table() -> None:
+    rows: List[Dict[str, Any]] = [{"ratios": {"featx": [0.5, ratio, 9.0]}} for ratio in (0.9, 1.1, 1.0)]
+    assert plot.cell(rows, "featx") == "1.00 (0.90 to 1.10)"
+    assert plot.cell(rows[:1], "featx") == "0.90"
+    assert plot.cell(rows, "torchvision") == ""
