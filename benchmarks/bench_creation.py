@@ -49,8 +49,6 @@ SHAPES: Dict[str, Callable[[int], nn.Module]] = {
     "functions in one scope": Functions,
 }
 SIZES = [250, 1000, 4000, 16000]
-# 4,000 modules take torchvision ten seconds, and each time that there are twice as many it takes four times as long.
-MOST_MODULES_FOR_TORCHVISION = 1000
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -58,7 +56,7 @@ def test_names(name: str, turns: Turns) -> None:
     model = get_model(name, weights=None)
     assert featx.get_graph_node_names(model) == torchvision.get_graph_node_names(model)
     competitors = {"two traces": lambda: traces(model), **listing(model)}
-    turns.take(competitors, to="two traces", least=5, collect=True)
+    turns.take(competitors, to="two traces", budget=3, least=5, collect=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,7 +65,7 @@ def test_create(name: str, turns: Turns) -> None:
     competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model)}
     ours, theirs = (competitors[library]() for library in ("featx", "torchvision"))
     assert set(ours.state_dict()) == set(theirs.state_dict())
-    turns.take(competitors, to="two traces and codes", least=5, collect=True)
+    turns.take(competitors, to="two traces and codes", budget=3, least=5, collect=True)
 
 
 @pytest.mark.parametrize("operations", SIZES)
@@ -77,9 +75,9 @@ def test_growth_of_names(shape: str, operations: int, turns: Turns) -> None:
     names = featx.get_graph_node_names(model).eval
     assert len(set(names)) == operations + 1
     competitors = {"two traces": lambda: traces(model), **listing(model)}
-    if operations > MOST_MODULES_FOR_TORCHVISION and shape != "functions in one scope":
+    if operations > most_for_torchvision(shape):
         del competitors["torchvision"]
-    turns.take(competitors, to="two traces", budget=2, collect=True, operations=operations, shape=shape)
+    turns.take(competitors, to="two traces", budget=1, collect=True, operations=operations, shape=shape)
 
 
 @pytest.mark.parametrize("operations", SIZES)
@@ -88,10 +86,15 @@ def test_growth_of_creation(shape: str, operations: int, turns: Turns) -> None:
     model, x = SHAPES[shape](operations), torch.randn(3)
     competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model)}
     del competitors["featx exact"]
-    if operations > MOST_MODULES_FOR_TORCHVISION and shape != "functions in one scope":
+    if operations > most_for_torchvision(shape):
         del competitors["torchvision"]
     assert [torch.equal(value, x.relu()) for value in competitors["featx"]()(x).values()] == [True]
-    turns.take(competitors, to="two traces and codes", budget=2, collect=True, operations=operations, shape=shape)
+    turns.take(competitors, to="two traces and codes", budget=1, collect=True, operations=operations, shape=shape)
+
+
+def most_for_torchvision(shape: str) -> int:
+    """4,000 modules take it ten seconds, and each time that there are twice as many it takes four times as long."""
+    return 4000 if shape == "functions in one scope" else 1000
 
 
 def listing(model: nn.Module) -> Dict[str, Callable[[], Any]]:
