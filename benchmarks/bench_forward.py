@@ -30,6 +30,7 @@ MODELS: Dict[str, Dict[str, Tuple[int, ...]]] = {
 CASES = [(name, size, batch) for name in MODELS for size in ("small", "usual") for batch in (1, 32)]
 # Usual inputs, 32 of them, take these half a minute and more on two cores.
 HEAVY = ("convnext_tiny", "vit_b_32", "swin_t", "r3d_18")
+SLOW_TO_COMPILE = ("densenet121", "efficientnet_b0", "swin_t", "lraspp_mobilenet_v3_large")
 
 
 def make(name: str, size: str, batch: int, device: str) -> Tuple[nn.Module, torch.Tensor]:
@@ -66,7 +67,7 @@ def test_forward(name: str, size: str, batch: int, turns: Turns, device: str, no
         turns.take(
             {key: lambda module=module: module(x) for key, module in modules.items()},
             to="eager",
-            budget=7 if size == "small" and batch == 1 else 2,
+            budget=6 if size == "small" and batch == 1 else 2,
             least=3,
             model=name,
             size=size,
@@ -76,7 +77,7 @@ def test_forward(name: str, size: str, batch: int, turns: Turns, device: str, no
 
 @pytest.mark.parametrize(("name", "size", "batch"), CASES)
 def test_compiled(name: str, size: str, batch: int, turns: Turns, device: str, not_run: Callable[[str], Any]) -> None:
-    if device == "cpu" and (size, batch) != ("small", 1):
+    if device == "cpu" and (name in SLOW_TO_COMPILE or (size, batch) != ("small", 1)):
         not_run("to compile it takes minutes on two cores; --device cuda runs it")
     model, x = make(name, size, batch, device)
     made = extractors(model, featx.get_graph_node_names(model, suppress_diff_warning=True).eval[-1:])

@@ -84,5 +84,5 @@ def test_import(turns: Turns) -> None:
             done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True, env=env)
             rounds[key].append(float(done.stdout))
 
-    turns.benchmark.pedantic(one_round, rounds=5, warmup_rounds=1)
+    turns.benchmark.pedantic(one_round, rounds=4, warmup_rounds=1)
     turns.store_rounds({key: seconds[1:] for key, seconds in rounds.items()}, to="torch")

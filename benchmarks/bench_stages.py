@@ -62,7 +62,7 @@ def test_features(task: str, turns: Turns, device: str) -> None:
             assert all(torch.equal(features[path], expected[path]) for path in paths), key
         calls = {key: functools.partial(way, x) for key, way in ways.items()}
         peaks = {key: turns.peak_memory(call) / 2**20 for key, call in calls.items()}
-        turns.take(calls, to="by hand", budget=10, least=15, task=task)
+        turns.take(calls, to="by hand", budget=8, least=11, task=task)
     turns.store(**{"million parameters": parameters, "MiB at most": peaks})
 
 
@@ -80,5 +80,5 @@ def test_training_step(turns: Turns, device: str) -> None:
         assert all(map(torch.equal, step(way), expected)), key
     calls = {key: functools.partial(step, way) for key, way in ways.items()}
     peaks = {key: turns.peak_memory(call) / 2**20 for key, call in calls.items()}
-    turns.take(calls, to="by hand", budget=15, least=15, task="training step, the stages of resnet50")
+    turns.take(calls, to="by hand", budget=6, least=11, task="training step, the stages of resnet50")
     turns.store(**{"MiB at most": peaks})

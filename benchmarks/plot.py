@@ -55,7 +55,7 @@ def table(found: Dict[str, Any]) -> str:
         ("names, 16,000 operations", "two bare traces", chosen(rows, "test_growth_of_names", operations=16000)),
         ("creation, six models", "two bare traces and their code", chosen(rows, "test_create")),
         ("forward, ten models, small inputs", "eager", chosen(rows, "test_forward", **small)),
-        ("forward, ten models, compiled", "eager, compiled", chosen(rows, "test_compiled", **small)),
+        ("forward, compiled, small inputs", "eager, compiled", chosen(rows, "test_compiled", **small)),
         *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_features")),
         *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_training_step")),
         ("`train()` and `eval()`", "the model's own", chosen(rows, "test_mode_flips")),

@@ -37,7 +37,7 @@ class Turns:
             to: the name of the one that the others are compared with, in each round.
             budget: about as many seconds as the rounds shall take in all.
             least: at least as many rounds, however long they take; at most there are 200.
-            collect: collect garbage before each call, so that nobody pays for what another left.
+            collect: collect garbage before each call, and not in it, so that nobody pays for what another left.
             facts: what else is to be stored, such as parameters.
         """
         rounds: Dict[str, List[float]] = {name: [] for name in competitors}
@@ -74,11 +74,14 @@ class Turns:
     def _seconds(self, function: Callable[[], Any], collect: bool) -> float:
         if collect:
             gc.collect()
+            gc.disable()  # as timeit does: when it runs depends on what everybody before has allocated
         self._synchronize()
         start = time.perf_counter()
         function()
         self._synchronize()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        gc.enable()
+        return seconds
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
