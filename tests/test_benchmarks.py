@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,8 @@ RESULTS = dict(plot.results())
 def run(*arguments: str) -> Tuple[int, str]:
     pytest.importorskip("torchvision")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--override-ini", "python_files=bench_*.py", *arguments]
-    done = subprocess.run([*command, "--benchmark-quiet"], cwd=ROOT, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # not as a worker of xdist
+    done = subprocess.run([*command, "--benchmark-quiet"], cwd=ROOT, env=alone, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
