@@ -1446,12 +1446,12 @@ class _ItemProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-def _recorded(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+def _recorded(method: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_method", method, (self, other), {})
 
 
-for _name in _IN_PLACE_OPERATORS - {"delitem", "iconcat", "setitem"}:  # fx itself takes a += b for a = a + b
-    setattr(_ItemProxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+for _name in "add and floordiv lshift mod mul or pow rshift sub truediv xor".split():  # fx takes a += b for a = a + b
+    setattr(_ItemProxy, f"__i{_name}__", _recorded(f"{_name}_"))
 
 
 def _writes_first_argument(node: fx.Node, name: str) -> bool:
