@@ -42,12 +42,13 @@ class Turns:
         """
         rounds: Dict[str, List[float]] = {name: [] for name in competitors}
         order = list(competitors)
-        shuffle = random.Random(0).shuffle
+        chance = random.Random(0)
 
         def one_round() -> None:
-            shuffle(order)
+            chance.shuffle(order)
+            depth = chance.randrange(80)
             for name in order:
-                rounds[name].append(self._seconds(competitors[name], collect))
+                rounds[name].append(deeper(depth, lambda: self._seconds(competitors[name], collect)))  # noqa: B023
 
         gc.collect()
         gc.freeze()  # what was there before is no garbage of theirs, and is not looked through again and again
@@ -106,6 +107,11 @@ class Turns:
             now += event.nbytes()
             peak = max(peak, now)
         return peak
+
+
+def deeper(levels: int, function: Callable[[], float]) -> float:
+    """Call a function so many levels deeper: at some depths Python 3.11 gets memory anew for each call of its own."""
+    return function() if levels == 0 else deeper(levels - 1, function)
 
 
 def quartiles(values: Iterable[float]) -> Tuple[float, float, float]:
