@@ -1043,9 +1043,9 @@ def _plan(tracer: NodePathTracer, features: Iterable[_Feature]) -> _Plan:
     operations = describe(noting)
     staying, overwritten = plan(operations)
     suspected = list(operations)
-    for index in foreign:  # may do anything to its inputs
-        inputs = tuple(position[taken] for taken in nodes[index].all_input_nodes)
-        suspected[index] = operations[index]._replace(writes=inputs + operations[index].writes, views=inputs)
+    for index in foreign:
+        writes, views = (tuple(map(position.__getitem__, effect)) for effect in _suspected(tracer.root, nodes[index]))
+        suspected[index] = operations[index]._replace(writes=writes + operations[index].writes, views=views)
     if overwritten or foreign and plan(suspected) != (staying, {}):  # then look closely
         look = functools.lru_cache(maxsize=None)(_seen_inside)
         staying, _ = plan(describe(functools.partial(_looked_into, look, (True, False), _believed)))

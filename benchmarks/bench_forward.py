@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, Callable, Dict, Tuple
 
@@ -14,19 +15,20 @@ import featx
 from benchmarks.competitors import extractors, straight_line
 from benchmarks.turns import Turns
 
-SMALL, USUAL = (3, 64, 64), (3, 224, 224)
-MODELS: Dict[str, Dict[str, Tuple[int, ...]]] = {
-    "resnet18": {"small": SMALL, "usual": USUAL},
-    "densenet121": {"small": SMALL, "usual": USUAL},
-    "shufflenet_v2_x0_5": {"small": SMALL, "usual": USUAL},
-    "mobilenet_v3_small": {"small": SMALL, "usual": USUAL},
-    "efficientnet_b0": {"small": SMALL, "usual": USUAL},
-    "convnext_tiny": {"small": SMALL, "usual": USUAL},
-    "vit_b_32": {"small": SMALL, "usual": USUAL},
-    "swin_t": {"small": SMALL, "usual": USUAL},
-    "lraspp_mobilenet_v3_large": {"small": SMALL, "usual": USUAL},
-    "r3d_18": {"small": (3, 8, 32, 32), "usual": (3, 16, 112, 112)},
-}
+MODELS = [
+    "resnet18",
+    "densenet121",
+    "shufflenet_v2_x0_5",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "vit_b_32",
+    "swin_t",
+    "lraspp_mobilenet_v3_large",
+    "r3d_18",
+]
+PICTURE = {"small": (3, 64, 64), "usual": (3, 224, 224)}
+VIDEO = {"small": (3, 8, 32, 32), "usual": (3, 16, 112, 112)}
 CASES = [(name, size, batch) for name in MODELS for size in ("small", "usual") for batch in (1, 32)]
 # Usual inputs, 32 of them, take these half a minute and more on two cores.
 HEAVY = ("convnext_tiny", "vit_b_32", "swin_t", "r3d_18")
@@ -36,13 +38,14 @@ SLOW_TO_COMPILE = ("densenet121", "efficientnet_b0", "swin_t", "lraspp_mobilenet
 def make(name: str, size: str, batch: int, device: str) -> Tuple[nn.Module, torch.Tensor]:
     """A model in eval mode and an input for it; usual inputs get all threads."""
     torch.set_num_threads(1 if size == "small" else os.cpu_count() or 1)
+    shape = (VIDEO if name == "r3d_18" else PICTURE)[size]
     arguments: Dict[str, Any] = {"weights": None}
     if name.startswith("lraspp"):
         arguments["weights_backbone"] = None
     if name.startswith("vit"):
-        arguments["image_size"] = MODELS[name][size][-1]
+        arguments["image_size"] = shape[-1]
     model = get_model(name, **arguments).eval().to(device)
-    return model, torch.rand(batch, *MODELS[name][size], device=device)
+    return model, torch.rand(batch, *shape, device=device)
 
 
 def output_of(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> torch.Tensor:
@@ -65,10 +68,9 @@ def test_forward(name: str, size: str, batch: int, turns: Turns, device: str, no
         for competitor in modules.values():
             assert torch.equal(output_of(competitor, x), expected)
         turns.take(
-            {key: lambda module=module: module(x) for key, module in modules.items()},
+            {key: functools.partial(module, x) for key, module in modules.items()},
             to="eager",
             budget=6 if size == "small" and batch == 1 else 2,
-            least=3,
             model=name,
             size=size,
             batch=batch,
@@ -89,7 +91,7 @@ def test_compiled(name: str, size: str, batch: int, turns: Turns, device: str, n
         for competitor in compiled.values():
             torch.testing.assert_close(output_of(competitor, x), expected, rtol=1e-3, atol=1e-3)
         turns.take(
-            {key: lambda module=module: module(x) for key, module in compiled.items()},
+            {key: functools.partial(module, x) for key, module in compiled.items()},
             to="eager",
             budget=3,
             model=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -38,7 +39,7 @@ def test_mode_flips(name: str, turns: Turns) -> None:
     for module in found.values():
         assert all(part.training for part in module.train().modules())
         assert not any(part.training for part in module.eval().modules())
-    turns.take({key: lambda module=module: flip(module) for key, module in found.items()}, to="the model", budget=3)
+    turns.take({key: functools.partial(flip, module) for key, module in found.items()}, to="the model", budget=3)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -52,7 +53,7 @@ def test_copies(name: str, how: str, turns: Turns) -> None:
     with torch.no_grad():
         for key in ("featx", "featx exact"):  # of torchvision's, a copy is in train mode, or has one mode only
             assert torch.equal(copies[how](found[key])(x)[LAST[name]], found["the model"](x))
-    calls = {key: lambda module=module: copies[how](module) for key, module in found.items()}
+    calls = {key: functools.partial(copies[how], module) for key, module in found.items()}
     turns.take(calls, to="the model", collect=True)
 
 

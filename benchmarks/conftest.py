@@ -122,8 +122,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminalreporter.section("medians of ratios (quartiles)")
     for row in config.stash[FOUND]:
-        if "ratios" not in row:
-            continue
         terminalreporter.line(f"{row['benchmark']}, compared with {row['to']}, {row['rounds']} rounds")
         for name, (low, middle, high) in row["ratios"].items():
             facts = "".join(f", {row[fact][name]:.1f} {fact}" for fact in FACTS if name in row.get(fact, {}))

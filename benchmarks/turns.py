@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import random
 import statistics
@@ -48,7 +49,7 @@ class Turns:
             chance.shuffle(order)
             depth = chance.randrange(80)
             for name in order:
-                rounds[name].append(deeper(depth, lambda: self._seconds(competitors[name], collect)))  # noqa: B023
+                rounds[name].append(deeper(depth, functools.partial(self._seconds, competitors[name], collect)))
 
         gc.collect()
         gc.freeze()  # what was there before is no garbage of theirs, and is not looked through again and again
