@@ -47,7 +47,7 @@ def title(found: Dict[str, Any]) -> str:
 
 
 def table(found: Dict[str, Any]) -> str:
-    """Medians of ratios as a table; of several models the median and the extremes."""
+    """Medians of ratios as a table, with the quartiles; of several models the median and the extremes."""
     rows = found["benchmarks"]
     small = {"size": "small", "batch": 1}
     lines = [
@@ -69,12 +69,13 @@ def table(found: Dict[str, Any]) -> str:
 
 
 def cell(rows: List[Row], name: str) -> str:
-    """``"0.97"`` of one result, ``"0.97 (0.93 to 1.01)"`` of several, nothing where it was not run."""
-    medians = [row["ratios"][name][1] for row in rows if name in row["ratios"]]
-    if not medians:
+    """``"0.97 (0.93 to 1.01)"``: of one result the quartiles, of several the extremes; nothing where it was not run."""
+    ratios = [row["ratios"][name] for row in rows if name in row["ratios"]]
+    if not ratios:
         return ""
-    middle, spread = f"{statistics.median(medians):.2f}", f" ({min(medians):.2f} to {max(medians):.2f})"
-    return middle + spread * (len(medians) > 1)
+    medians = [middle for _, middle, _ in ratios]
+    low, high = (min(medians), max(medians)) if len(ratios) > 1 else (ratios[0][0], ratios[0][2])
+    return f"{statistics.median(medians):.2f} ({low:.2f} to {high:.2f})"
 
 
 # ----------------------------------------------------------------------------------------- drawing

@@ -87,5 +87,5 @@ def test_every_machine_has_its_plots(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_cells_of_the_table() -> None:
     rows: List[Dict[str, Any]] = [{"ratios": {"featx": [0.5, ratio, 9.0]}} for ratio in (0.9, 1.1, 1.0)]
     assert plot.cell(rows, "featx") == "1.00 (0.90 to 1.10)"
-    assert plot.cell(rows[:1], "featx") == "0.90"
+    assert plot.cell(rows[:1], "featx") == "0.90 (0.50 to 9.00)"
     assert plot.cell(rows, "torchvision") == ""
