@@ -276,7 +276,7 @@ class Snapshots(fx.Interpreter):
     """Runs a graph and keeps a clone of every node's value, taken when it was made."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module)
         self.seen: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
