@@ -312,6 +312,27 @@ class LeafModuleAwareTracer(fx.Tracer):
             return False
         return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, root: Any, concrete_args: Optional[Dict[str, Any]] = None) -> fx.Graph:
+        """Trace a module; see ``torch.fx.Tracer.trace``."""
+        self._thread = threading.get_ident()
+        return super().trace(root, concrete_args)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Any:
+        """Record the call of a leaf module, or trace through the module."""
+        if not self._is_tracing():
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
+        """Record the use of a parameter."""
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_tracing() else attr_val
+
+    def _is_tracing(self) -> bool:
+        """Whether it is this thread that traces: torch.fx has nn.Module patched for those that run models as well."""
+        return threading.get_ident() == self._thread
+
 
 class NodePathTracer(LeafModuleAwareTracer):
     """A tracer that names each node after the place in the model where it was recorded.
@@ -339,7 +360,6 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._namer = _Namer()
         self._returned: Dict[str, _Feature] = {}  # what the calls of modules returned, in that order
         self._failure: Optional[Tuple[BaseException, str, Type[nn.Module]]] = None
-        self._thread = threading.get_ident()
 
     @property
     def names(self) -> List[str]:
@@ -348,7 +368,6 @@ class NodePathTracer(LeafModuleAwareTracer):
 
     def trace(self, root: Any, concrete_args: Optional[Dict[str, Any]] = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
-        self._thread = threading.get_ident()
         if isinstance(root, nn.Module):
             self._training = root.training
             if self._exact:
@@ -359,8 +378,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Any:
         """Record the call of a leaf module, or trace through the module with its path as scope."""
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)  # another thread runs a model while torch.fx has nn.Module patched
+        if not self._is_tracing():
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         outer, self._scope = self._scope, path
         try:
@@ -388,12 +407,6 @@ class NodePathTracer(LeafModuleAwareTracer):
             with contextlib.suppress(Exception):  # which classes of anybody's may raise
                 value = _map_nested(lambda item: item, value)
         return _Feature(value, after)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
-        """Record the use of a parameter."""
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
         """Turn what an operation was called with into arguments of a node."""
@@ -1285,7 +1298,9 @@ class _Effect(NamedTuple):
 
 def _module_effect(module: nn.Module, modes: Sequence[bool] = ()) -> Optional[_Effect]:
     """Whether a leaf writes into its inputs and whether it may return them; None if it is opaque."""
-    if isinstance(module, _dropping_modules()):
+    if _is_hooked(module):
+        return None
+    if isinstance(module, _dropping_modules()) and _is_library(type(module).forward):
         drops = True in modes and bool(module.p != 0)
         keeps = False in modes or not drops  # gives back its very input
         writes = _is_inplace(module) and (drops or not modes)
@@ -1331,19 +1346,27 @@ def _suspected(root: nn.Module, node: fx.Node) -> _Effects:
 
 def _believed(root: nn.Module, node: fx.Node) -> _Effects:
     """It writes if its name, a part of it or its source says so, or if nobody takes its value: it is there for that."""
-    inputs, target, args = node.all_input_nodes, node.target, node.args
-    if not node.users or _writes_first_argument(node, getattr(target, "__name__", "")):
+    inputs = node.all_input_nodes
+    if not node.users or _writes_first_argument(node, getattr(node.target, "__name__", "")):
         return inputs, inputs
-    function: Any = target
+    if node.op == "call_module" and any(map(_is_inplace, _at(root, str(node.target)).modules())):
+        return inputs, inputs
+    return _said_by_source(root, node)
+
+
+def _said_by_source(root: nn.Module, node: fx.Node) -> _Effects:
+    """It writes what its source plainly writes, and returns that or anything."""
+    inputs, args = node.all_input_nodes, node.args
+    function: Any = node.target
     if node.op == "call_module":
-        module = _at(root, str(target))
-        if any(map(_is_inplace, module.modules())):
-            return inputs, inputs
-        args, function = (None, *args), getattr(type(module), "forward", None)
+        args, function = (None, *args), getattr(type(_at(root, str(node.target))), "forward", None)
     names, returned = _plain_effects(_code_of(function))
     if not names:
         return [], inputs
-    arguments = inspect.signature(function).bind_partial(*args, **node.kwargs).arguments
+    try:
+        arguments = inspect.signature(function).bind_partial(*args, **node.kwargs).arguments
+    except TypeError:  # a decorator takes others than its source says
+        return inputs, inputs
     return _nodes_in(map(arguments.get, names)), _nodes_in(map(arguments.get, returned)) if returned else inputs
 
 
@@ -1355,6 +1378,8 @@ def _looked_into(
     if None in seen:
         return otherwise(root, node)
     writes, views = (list(itertools.chain(*effect)) for effect in zip(*filter(None, seen)))
+    if len(modes) > 1:  # all that may happen, so also on the ways that were not taken
+        writes += _said_by_source(root, node)[0]
     return writes, views
 
 
@@ -1405,7 +1430,10 @@ def _seen_inside(root: nn.Module, node: fx.Node, training: bool) -> Optional[_Ef
     """The effects of an opaque call in a mode, found by tracing it alone; None if it cannot be traced."""
     inputs = node.all_input_nodes
     target: Any = _at(root, str(node.target)) if node.op == "call_module" else node.target
-    modes = {module: module.training for module in target.modules()} if isinstance(target, nn.Module) else {}
+    is_module = isinstance(target, nn.Module)
+    # What others' functions keep cannot be restored, and hooks of modules that are not opened do not run.
+    if any(map(_is_hooked, target.modules())) if is_module else not _is_library(target):
+        return None
 
     def call(*values: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(inputs, values)).__getitem__)
@@ -1413,20 +1441,19 @@ def _seen_inside(root: nn.Module, node: fx.Node, training: bool) -> Optional[_Ef
 
     names = ", ".join(f"value_{index}" for index in range(len(inputs)))  # fx reads the arguments off the code
     alone = type("_Alone", (nn.Module,), {"forward": eval(f"lambda self, {names}: call({names})", {"call": call})})()
-    if modes:
+    if is_module:
         alone.target = target
-    tracer = _InnerTracer(leaf_modules=_dropping_modules())
+    tracer, keeper = _InnerTracer(leaf_modules=_dropping_modules()), _Keeper(alone)
+    restore = keeper.note()
     try:
-        for module in modes:
+        for module in keeper.modules:
             module.training = training
         nodes = list(tracer.trace(alone).nodes)
+        operations = _describe(tracer, nodes, {node: at for at, node in enumerate(nodes)}, _believed, (training,))
     except Exception:  # its code may be anybody's
         return None
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-    position = {node: index for index, node in enumerate(nodes)}
-    operations = _describe(tracer, nodes, position, _believed, (training,))
+        restore()
     memory = _memories(operations)
     written = {memory[at] for operation in operations for at in operation.writes}
     returned = {memory[at] for at in operations[-1].inputs}
@@ -1481,6 +1508,19 @@ def _inplace_position(function: Any) -> int:
     return names.index("inplace") if "inplace" in names else -1
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody but torch does something at each call of a module."""
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(map(_is_library, hooks))
+
+
+def _is_library(target: Any) -> bool:
+    """Whether something is torch's or torchvision's, which keep nothing of what they are called with."""
+    return _is_torch(target) or str(target.__module__).split(".")[0] == "torchvision"
+
+
 def _is_torch(target: Any) -> bool:
     module = getattr(target, "__module__", None) or "torch"
     return isinstance(target, str) or module.split(".")[0] in ("torch", "_operator", "math")
@@ -1503,8 +1543,12 @@ def _aliases(operator_name: str) -> Optional[Tuple[FrozenSet[Any], FrozenSet[Any
     schemas = _operator_schemas(operator_name)
     writes: Set[Any] = set()
     views: Set[Any] = set()
-    for argument, position in ((a, i) for s in schemas for i, a in enumerate(s.arguments)):
-        if argument.alias_info is None or str(argument.type) not in ("Tensor", "Optional[Tensor]"):
+    for schema, argument, position in ((s, a, i) for s in schemas for i, a in enumerate(s.arguments)):
+        if argument.alias_info is None:
+            continue
+        # The tensors of a list, as "Tensor(a!)[] self"; of "Tensor[](a!) self" the list itself is written to.
+        is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]")
+        if not (is_tensor or f")[] {argument.name}" in str(schema)):
             continue
         places = {argument.name} if argument.kwarg_only else {argument.name, position}
         views |= places
@@ -1685,7 +1729,8 @@ class DualGraphModule(_Walkable, fx.GraphModule):
                 yield node
 
     def __getstate__(self) -> Dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_featx_codes"}
+        # The last is what nn.Module.compile() made of this module, and would run this one in a copy.
+        state = {name: vars(self)[name] for name in vars(self) if name not in ("_featx_codes", "_compiled_call_impl")}
         return {**state, "train_graph": _pack(self.train_graph), "eval_graph": _pack(self.eval_graph)}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -1703,12 +1748,20 @@ class DualGraphModule(_Walkable, fx.GraphModule):
         new = _blank(type(self).__mro__[1], type(self).__name__)
         state = self.__getstate__().items()
         new.__setstate__({name: copy.copy(value) if isinstance(value, dict) else value for name, value in state})
+        new._annotate(self)
         return new
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "DualGraphModule":
         memo[id(self)] = new = _blank(type(self).__mro__[1], type(self).__name__)
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._annotate(self)
         return new
+
+    def _annotate(self, other: "DualGraphModule") -> None:
+        """Take over what was noted at the nodes of a module with the same graphs, as shapes."""
+        for mine, theirs in ((self.train_graph, other.train_graph), (self.eval_graph, other.eval_graph)):
+            for node, noted in zip(mine.nodes, theirs.nodes):
+                node.meta = copy.copy(noted.meta)
 
 
 def _blank(base: Type[DualGraphModule], class_name: str) -> DualGraphModule:

@@ -6,7 +6,7 @@ import collections
 import random
 import threading
 import warnings
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
@@ -409,15 +409,81 @@ def test_a_trace_does_not_see_the_one_before() -> None:
     assert torch.equal(extractor(x)["output"], Caching()(x))
 
 
+class MadeLater(nn.Module):
+    """Makes what it needs at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid: Any = None
+        self.register_buffer("scale", None)
+        self.seen: Dict[str, Any] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grid is None:
+            self.grid = torch.zeros_like(x) + 1
+        if self.scale is None:
+            self.scale = torch.ones_like(x) * 2
+        self.seen["last"] = x
+        return x * self.scale + self.grid
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_looking_into_a_leaf_leaves_nothing_behind(exact: bool) -> None:
+    leaf = MadeLater()
+    model = net(lambda self, x: self.leaf(self.leaf(self.fc(x))) + 1, fc=nn.Linear(4, 4), leaf=leaf)
+    x, before = torch.rand(2, 4), picture(model)
+    kwargs = {"leaf_modules": [MadeLater]}
+    extractor = featx.create_feature_extractor(model, ["fc", "add"], tracer_kwargs=kwargs, exact=exact)
+    assert nets.same(picture(model), before)
+    assert torch.equal(extractor(x)["add"], model(x))
+
+
+KEPT: Dict[str, torch.Tensor] = {}
+
+
+def cached(x: torch.Tensor) -> torch.Tensor:
+    if not KEPT:
+        KEPT["ones"] = torch.ones_like(x)
+    return x * KEPT["ones"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_wrapped_function_is_never_run_with_proxies(exact: bool) -> None:
+    KEPT.clear()
+    model, x = net(lambda self, x: cached(self.fc(x)) + 1, fc=nn.Linear(4, 4)), torch.rand(2, 4)
+    kwargs = {"autowrap_functions": [cached]}
+    extractor = featx.create_feature_extractor(model, ["fc", "add"], tracer_kwargs=kwargs, exact=exact)
+    assert KEPT == {}
+    assert torch.equal(extractor(x)["add"], model(x))
+
+
 def test_an_iterator_of_leaf_modules_serves_both_modes() -> None:
     names = featx.get_graph_node_names(nn.Sequential(nets.Block()), {"leaf_modules": iter([nets.Block])})
     assert names.train == names.eval == ["input", "0"]
 
 
-def test_other_threads_run_their_models_while_one_traces() -> None:
+class Looping(nn.Module):
+    """Takes long to look into."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(50):
+            x = x * 2 + 1
+        return x
+
+
+def looked_into(model: nn.Module) -> List[str]:
+    extractor = featx.create_feature_extractor(model, ["0", "1"], tracer_kwargs={"leaf_modules": [Looping]})
+    return [node.name for node in extractor.graph.nodes]
+
+
+@pytest.mark.parametrize(
+    ("mine", "work"),
+    [(nets.Block(), featx.get_graph_node_names), (nn.Sequential(nn.Linear(4, 4), Looping()), looked_into)],
+)
+def test_other_threads_run_their_models_while_one_traces(mine: nn.Module, work: Callable[[nn.Module], Any]) -> None:
     errors, served, done = [], [], threading.Event()
-    mine, others, x = nets.Block(), nets.Modes().eval(), torch.rand(2, 4)
-    expected, names = others(x), featx.get_graph_node_names(mine)
+    others, x = nets.Modes().eval(), torch.rand(2, 4)
+    expected, result = others(x), work(mine)
 
     def serve() -> None:
         try:
@@ -433,7 +499,7 @@ def test_other_threads_run_their_models_while_one_traces() -> None:
         thread.start()
     try:
         for _ in range(30):
-            assert featx.get_graph_node_names(mine) == names
+            assert work(mine) == result
     finally:
         done.set()
         for thread in threads:

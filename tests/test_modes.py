@@ -150,6 +150,29 @@ def test_copies(how: str, mode: bool) -> None:
     assert [n.name for n in twin.train_graph.nodes] == [n.name for n in extractor.train_graph.nodes]
 
 
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.skipif(not hasattr(nn.Module, "compile"), reason="modules of this torch have no compile()")
+def test_copies_of_what_was_compiled_run_themselves(how: str) -> None:
+    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    extractor.compile(backend="eager")
+    twin = COPIES[how](extractor)
+    twin.get_submodule("0").weight.data.zero_()
+    assert torch.equal(twin(X)["0"], twin.get_submodule("0").bias.expand(6, 4))
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_copies_keep_what_was_noted_at_nodes(how: Callable[[Any], Any]) -> None:
+    extractor = make()
+    for graph in (extractor.train_graph, extractor.eval_graph):
+        for node in graph.nodes:
+            node.meta["noted"] = node.name
+    twin = how(extractor)
+    for graph in (twin.train_graph, twin.eval_graph):
+        assert [node.meta["noted"] for node in graph.nodes] == [node.name for node in graph.nodes]
+        next(iter(graph.nodes)).meta.clear()
+    assert all(node.meta for node in (*extractor.train_graph.nodes, *extractor.eval_graph.nodes))
+
+
 def test_copies_are_independent() -> None:
     extractor = make().eval()
     twin = copy.deepcopy(extractor)

@@ -445,6 +445,19 @@ def halves(x: torch.Tensor) -> Any:
     return list(torch.chunk(x, 2))
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_foreach_mul_"), reason="this torch has no such operator")
+def test_what_writes_into_the_tensors_of_a_list() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        torch.ops.aten._foreach_mul_.Scalar([y], 2)
+        return y + 1
+
+    model, x = net(forward, fc=nn.Linear(4, 4)).requires_grad_(False), torch.rand(2, 4)
+    assert torch.equal(featx.create_feature_extractor(model, ["add"])(x)["add"], model(x))
+    features = featx.create_feature_extractor(model, ["fc", "add"], exact=True)(x)
+    assert torch.equal(features["fc"], model.fc(x))
+
+
 def test_what_sorts_a_list_only_reads_a_tensor() -> None:
     def forward(self: Any, x: Any) -> Any:
         y = self.fc(x)
@@ -560,24 +573,30 @@ def bump(x: torch.Tensor, y: torch.Tensor) -> None:
     y += x
 
 
+class Bumping(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        bump(x, y)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("query", ["leaf_weight", "leaf"])
-def test_a_function_that_adds_to_what_it_is_given(exact: bool, query: str) -> None:
+@pytest.mark.parametrize("kind", ["function", "leaf"])
+def test_what_adds_to_what_it_is_given(exact: bool, query: str, kind: str) -> None:
     """On proxies ``y += x`` is ``y = y + x``, on tensors it is not."""
 
     def forward(self: Any, x: Any) -> Any:
         y, weight = self.leaf(x), self.leaf.weight
-        bump(x, y)
+        (bump if kind == "function" else self.bump)(x, y)
         return y + weight
 
-    model, x = net(forward, leaf=Multiplying()), torch.rand(4, 4)
+    model, x = net(forward, leaf=Multiplying(), bump=Bumping()), torch.rand(4, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         extractor = featx.create_feature_extractor(
             model,
             [query, "output"],
             exact=exact,
-            tracer_kwargs={"leaf_modules": [Multiplying], "autowrap_functions": [bump]},
+            tracer_kwargs={"leaf_modules": [Multiplying, Bumping], "autowrap_functions": [bump]},
         )
     assert torch.equal(extractor(x)["output"], model(x))
     assert torch.equal(extractor(x)[query], {"leaf_weight": model.leaf.weight, "leaf": model.leaf(x)}[query]) == (
