@@ -386,6 +386,8 @@ def lacks(test: str) -> str:
     """What a test needs that is not there."""
     if test.startswith("test_cli.py") and importlib.util.find_spec("torchvision") is None:
         return "torchvision"
+    if test.endswith("compiled_run_themselves") and older(torch="2.2"):
+        return "modules with compile()"
     return "a torch.export that runs forward" if "export" in test and older(torch="2.14") else ""
 
 
