@@ -1257,7 +1257,8 @@ def _effects(root: nn.Module, node: fx.Node, opaque: Optional[_Opaque] = None, m
     if node.op not in ("call_module", "call_function", "call_method") or node.target in _SAFE:
         return [], []
     if node.op == "call_module":
-        effect = _module_effect(_at(root, str(node.target)), modes)
+        module = _at(root, str(node.target))
+        effect = None if _is_hooked(module) else _module_effect(module, modes)
         return opaque(root, node) if effect is None else (inputs * effect.writes, inputs * effect.views)
     if node.target is getattr:
         return [], [] if node.args[1] in _PLAIN_ATTRIBUTES else inputs
@@ -1298,8 +1299,6 @@ class _Effect(NamedTuple):
 
 def _module_effect(module: nn.Module, modes: Sequence[bool] = ()) -> Optional[_Effect]:
     """Whether a leaf writes into its inputs and whether it may return them; None if it is opaque."""
-    if _is_hooked(module):
-        return None
     if isinstance(module, _dropping_modules()) and _is_library(type(module).forward):
         drops = True in modes and bool(module.p != 0)
         keeps = False in modes or not drops  # gives back its very input
@@ -1311,7 +1310,7 @@ def _module_effect(module: nn.Module, modes: Sequence[bool] = ()) -> Optional[_E
         writes, views = False, True
         for child in module.children():
             effect = _module_effect(child, modes)
-            if effect is None:
+            if effect is None or _is_hooked(child):
                 return None
             writes, views = writes or (views and effect.writes), views and effect.views
         return _Effect(writes, views)
@@ -1347,9 +1346,14 @@ def _suspected(root: nn.Module, node: fx.Node) -> _Effects:
 def _believed(root: nn.Module, node: fx.Node) -> _Effects:
     """It writes if its name, a part of it or its source says so, or if nobody takes its value: it is there for that."""
     inputs = node.all_input_nodes
+    if node.op == "call_module":
+        module = _at(root, str(node.target))
+        effect = _module_effect(module)
+        if effect is not None:  # of torch's own, whose hooks are believed to look on
+            return inputs * effect.writes, inputs * effect.views
+        if any(map(_is_inplace, module.modules())):
+            return inputs, inputs
     if not node.users or _writes_first_argument(node, getattr(node.target, "__name__", "")):
-        return inputs, inputs
-    if node.op == "call_module" and any(map(_is_inplace, _at(root, str(node.target)).modules())):
         return inputs, inputs
     return _said_by_source(root, node)
 

@@ -662,6 +662,18 @@ def test_hooks_of_leaves_that_write(kind: str) -> None:
     assert torch.equal(features["2"], model(X))
 
 
+def test_hooks_that_look_on_are_no_ground_to_warn() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1))
+    for module in model:
+        module.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extractor = featx.create_feature_extractor(model, ["0", "2", "3"])
+    assert [node.target for node in extractor.graph.nodes] == ["input", "0", "1", "2", "3", "output"]
+    with pytest.warns(UserWarning, match="'1' is overwritten in place by the module '2'"):
+        featx.create_feature_extractor(model, ["1", "3"])
+
+
 def test_hooks_of_torch_itself_cost_no_clone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.utils.spectral_norm(nn.Linear(4, 4)))
     assert featx._clone not in [node.target for node in exact(model, ["0", "1"]).graph.nodes]
