@@ -1447,10 +1447,10 @@ def _seen_inside(root: nn.Module, node: fx.Node, training: bool) -> Optional[_Ef
     alone = type("_Alone", (nn.Module,), {"forward": eval(f"lambda self, {names}: call({names})", {"call": call})})()
     if is_module:
         alone.target = target
-    tracer, keeper = _InnerTracer(leaf_modules=_dropping_modules()), _Keeper(alone)
-    restore = keeper.note()
+    tracer, modules = _InnerTracer(leaf_modules=_dropping_modules()), list(alone.modules())
+    restore = _note(_find_containers(modules))  # of attributes; tensors are restored with the whole model's
     try:
-        for module in keeper.modules:
+        for module in modules:
             module.training = training
         nodes = list(tracer.trace(alone).nodes)
         operations = _describe(tracer, nodes, {node: at for at, node in enumerate(nodes)}, _believed, (training,))
@@ -2089,25 +2089,7 @@ class _Keeper:
 
     def note(self) -> Callable[[], None]:
         """Note how the attributes are now; what comes back restores them."""
-        empty = [container for container in self._containers if not container]  # nearly all are hooks of nobody
-        filled = [container for container in self._containers if container]
-        sizes, items = list(map(len, filled)), _flat(filled)
-
-        def restore() -> None:
-            for container in filter(None, empty):
-                container.clear()
-            if sizes == list(map(len, filled)) and all(map(operator.is_, _flat(filled), items)):
-                return
-            noted = iter(items)
-            for container, size in zip(filled, sizes):
-                content: Any = list(itertools.islice(noted, size))
-                if isinstance(container, dict):
-                    content = dict(zip(content, list(itertools.islice(noted, size))))
-                if len(container) != size or not all(map(operator.is_, _flat([container]), _flat([content]))):
-                    container.clear()
-                    container.update(content) if hasattr(container, "update") else container.extend(content)
-
-        return restore
+        return _note(self._containers)
 
     def restore_tensors(self) -> None:
         """Give the buffers the values and the parameters the ``requires_grad`` that they had at first."""
@@ -2118,6 +2100,29 @@ class _Keeper:
             for buffer, version, content in self._buffers:
                 if buffer._version != version or _differs(buffer, content):
                     buffer.copy_(content)
+
+
+def _note(containers: Sequence[Any]) -> Callable[[], None]:
+    """Note what dicts, lists, sets and deques hold; what comes back restores that."""
+    empty = [container for container in containers if not container]  # nearly all are hooks of nobody
+    filled = [container for container in containers if container]
+    sizes, items = list(map(len, filled)), _flat(filled)
+
+    def restore() -> None:
+        for container in filter(None, empty):
+            container.clear()
+        if sizes == list(map(len, filled)) and all(map(operator.is_, _flat(filled), items)):
+            return
+        noted = iter(items)
+        for container, size in zip(filled, sizes):
+            content: Any = list(itertools.islice(noted, size))
+            if isinstance(container, dict):
+                content = dict(zip(content, list(itertools.islice(noted, size))))
+            if len(container) != size or not all(map(operator.is_, _flat([container]), _flat([content]))):
+                container.clear()
+                container.update(content) if hasattr(container, "update") else container.extend(content)
+
+    return restore
 
 
 def _copied(buffer: torch.Tensor) -> Optional[torch.Tensor]:
