@@ -128,12 +128,12 @@ class UntraceableError(fx.proxy.TraceError):
         name = self.module_type.__name__
         where = f"{name} at {self.path!r}" if self.path else f"the model's own forward ({name})"
         leaf = f" leaf_modules=[{name}] makes each {name} one operation;" if self.path else ""
-        children = f"\nThese of its children can be traced by themselves: {', '.join(self.traceable)}."
+        children = f"\nIts children {', '.join(self.traceable)} can be traced by themselves." if self.traceable else ""
         return (
             f"torch.fx cannot trace {where}: {self.reason}\nWhat helps, in tracer_kwargs:{leaf}"
             " autowrap_functions=(function,) does so with the calls of a function of your own (builtins such as int and"
             " len have to be called inside one). concrete_args={'argument': value} fixes an argument that decides which"
-            f" way the code goes.{children if self.traceable else ''}"
+            f" way the code goes.{children}"
         )
 
 
@@ -358,22 +358,20 @@ class NodePathTracer(LeafModuleAwareTracer):
 
     def _as_returned(self, value: Any) -> _Feature:
         """What a module returned, as it is now: the model may go on to change it."""
-        if type(value) is fx.Proxy:
-            value = value.node
-        elif not self._exact:
-            value = None
-        else:
-            try:
-                value = self.create_arg(value)
-            except Exception as error:  # the classes of what is returned are anybody's
-                value = error
+        try:
+            value = self.create_arg(value) if self._exact or type(value) is fx.Proxy else None
+        except Exception as error:  # the classes of what is returned are anybody's
+            value = error
         return _Feature(value, next(iter(reversed(self.graph.nodes)), None))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter."""
         if self._thread != threading.get_ident():
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        value = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if isinstance(value, fx.Proxy) and value.node not in self.node_to_qualname:  # with param_shapes_constant
+            self.proxy(value.node)
+        return value
 
     def create_arg(self, a: Any) -> Any:
         """Turn what an operation was called with into arguments of a node."""
@@ -384,23 +382,13 @@ class NodePathTracer(LeafModuleAwareTracer):
             return tuple([self.create_arg(item) for item in a])
         return a if kind in _PLAIN_TYPES or (kind is dict and not a) else super().create_arg(a)
 
-    def create_proxy(
-        self,
-        kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        name: str | None = None,
-        type_expr: Any | None = None,
-        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
-    ) -> fx.Proxy:
-        """Record an operation and give its node a name."""
-        if isinstance(type_expr, str):  # as under "from __future__ import annotations"; torch.fx takes it for a value
-            type_expr = None
-        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
-        node, scope = proxy.node, self.current_module_qualname
-        self.node_to_qualname[node] = self._namer.name(scope, None if kind == "call_module" else node.name)
-        return proxy
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Give the node of an operation a name."""
+        if isinstance(node.type, str):  # as under "from __future__ import annotations"; torch.fx takes it for a value
+            node.type = None
+        own = None if node.op == "call_module" else node.name
+        self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
+        return super().proxy(node)
 
 
 _PLAIN_TYPES = frozenset([bool, float, int, str, type(None)])
@@ -420,11 +408,13 @@ def _trace_both(
     leaves: list[type[nn.Module]] = []
     while True:
         try:
-            tracers = {mode: _trace(restore, model, mode, arguments, concrete_args) for mode in ("train", "eval")}
+            tracers = {}
+            for mode in ("train", "eval"):
+                tracers[mode] = _trace(model, mode, arguments, concrete_args)
+                restore(keep=(torch.Tensor, nn.Module))
             break
         except UntraceableError as error:
-            opened = issubclass(error.module_type, arguments["non_leaf_modules"])
-            if not auto_leaf or not error.path or opened:
+            if not auto_leaf or not error.path or error.module_type in leaves:
                 raise
             restore()
             leaves.append(error.module_type)
@@ -435,13 +425,7 @@ def _trace_both(
     return tracers
 
 
-def _trace(
-    restore: Callable[..., None],
-    model: nn.Module,
-    mode: str,
-    arguments: dict[str, Any],
-    concrete_args: dict[str, Any] | None,
-) -> NodePathTracer:
+def _trace(model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args: Any) -> NodePathTracer:
     tracer = NodePathTracer(**arguments)
     try:
         getattr(model, mode)()
@@ -452,12 +436,8 @@ def _trace(
         path = vars(error).get("featx_path", "")
         module_type = type(_at(model, path)) if path else type(model)
         reason = f"{type(error).__name__}: {error}{_source_line(error)}"
-        if issubclass(module_type, arguments["non_leaf_modules"]):
-            reason += "\nIt was opened by non_leaf_modules, without which it is one operation."
         children = [] if path else [name for name, child in model.named_children() if _can_trace(child, arguments)]
         raise UntraceableError(path, module_type, reason, children) from error
-    finally:
-        restore(keep=(torch.Tensor, nn.Module))
 
 
 def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
@@ -500,7 +480,7 @@ def _source_line(error: BaseException) -> str:
     """Where in the model's source an error came from: the last line outside torch and this file."""
     torch_files = os.path.dirname(torch.__file__) + os.sep
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename != _FILE and not frame.filename.startswith(torch_files):
+        if frame.filename != _source_line.__code__.co_filename and not frame.filename.startswith(torch_files):
             return f'\n  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n    {frame.line}'
     return ""
 
@@ -521,14 +501,8 @@ def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathT
 
 
 def _warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called into this file."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename == _FILE:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
-
-
-_FILE = _warn.__code__.co_filename
+    """Warn at the line that called the public function whose helper calls this."""
+    warnings.warn(message, category, stacklevel=4)
 
 
 # -------------------------------------------------------------------------------------- names
@@ -593,19 +567,18 @@ def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[s
     if [queries is None for queries in (both, train, evaluation)] not in ([False, True, True], [True, False, False]):
         raise ValueError("pass either return_nodes, or both train_return_nodes and eval_return_nodes")
     if both is not None:
-        return dict.fromkeys(("train", "eval"), _as_mapping(both, "return_nodes"))
-    return {"train": _as_mapping(train, "train_return_nodes"), "eval": _as_mapping(evaluation, "eval_return_nodes")}
+        return dict.fromkeys(("train", "eval"), _as_mapping(both))
+    return {"train": _as_mapping(train), "eval": _as_mapping(evaluation)}
 
 
-def _as_mapping(queries: Any, argument: str) -> dict[str, str]:
+def _as_mapping(queries: Any) -> dict[str, str]:
     """``{query: key}`` from a mapping, an iterable of queries or one query."""
-    if isinstance(queries, str):
-        queries = [queries]
     if isinstance(queries, (nn.Module, bytes)) or not isinstance(queries, Iterable):
-        given = type(queries).__name__
-        raise TypeError(f"{argument} takes a dict query -> key, a list of queries or a query, not a {given}")
-    pairs = list(queries.items() if isinstance(queries, Mapping) else ((query, query) for query in queries))
-    mapping = {str(query): str(key) for query, key in pairs}
+        raise TypeError(f"takes a dict query -> key, a list of queries or a query, not a {type(queries).__name__}")
+    if not isinstance(queries, Mapping):
+        queries = [queries] if isinstance(queries, str) else list(queries)
+        queries = dict(zip(queries, queries))
+    mapping = {str(query): str(key) for query, key in queries.items()}
     owners: dict[str, str] = {}
     for query, key in mapping.items():
         if owners.setdefault(key, query) != query:
@@ -636,10 +609,10 @@ def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Itera
     found: dict[str, _Feature] = {}
     for query in queries:
         if tracer._exact and query in tracer._returned:
-            found[query] = tracer._returned[query]
-            if isinstance(found[query].value, Exception):
+            feature = found[query] = tracer._returned[query]
+            if isinstance(feature.value, Exception):
                 what = f"what the module {query!r} returned cannot be a feature, ask for what is inside"
-                raise ValueError(f"{what}: {found[query].value}") from found[query].value
+                raise ValueError(f"{what}: {feature.value}") from feature.value
         elif query in positions:
             node = nodes[positions[query]]
             found[query] = _Feature(node, node)
@@ -662,18 +635,13 @@ def _suggestions(names: Sequence[str], query: str) -> list[str]:
 
 def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     """Why a query that matches nothing may have been expected to match."""
-    other = "eval" if mode == "train" else "train"
-    tracer, twin = tracers[mode], tracers[other]
-    if _select(twin.names, [query]) or (twin._exact and query in twin._returned):
+    tracer, other = tracers[mode], "eval" if mode == "train" else "train"
+    if _select(tracers[other].names, [query]) or (tracer._exact and query in tracers[other]._returned):
         return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
     modules = dict(tracer.root.named_modules(remove_duplicate=False))
-    if not query or query not in modules:
-        return ""
-    first = tracer.path_of_module(modules[query])
-    if first != query:
-        return f"It is the same module as {first!r}, after which its calls are named."
-    called = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
-    for path in called.intersection(_prefixes(query)) - {query}:
+    for path in {node.target for node in tracer.node_to_qualname if node.op == "call_module"}.intersection(
+        _prefixes(query)
+    ):
         leaf = type(modules[path]).__name__
         opened = f"tracer_kwargs={{'non_leaf_modules': [{leaf}]}} opens it."
         return f"It lies inside the leaf module {path!r} ({leaf}), which is one operation; {opened}"
@@ -734,12 +702,7 @@ def _staying(
 def _overwritten(
     operations: Sequence[_Operation], staying: Iterable[int], reads: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], int]:
-    """The reads of values that change afterwards, and the position of the first operation that changes each.
-
-    >>> operations = [_Operation(kind="placeholder"), _Operation((0,)), _Operation((1,), writes=(1,), views=(1,))]
-    >>> _overwritten(operations, [0, 1, 2], [(0, 0), (1, 1), (2, 2)])
-    {(1, 1): 2}
-    """
+    """The reads of values that change afterwards, and the position of the first operation that changes each."""
     memory = _memories(operations)
     writers: dict[int, list[int]] = collections.defaultdict(list)
     for position in staying:
@@ -867,11 +830,7 @@ def _described(tracer: NodePathTracer, node: Any, query: str = "") -> str:
 def _warn_hazards(train: dict[str, list[str]], evaluation: dict[str, list[str]]) -> None:
     """Warn once for each query."""
     for query in {**train, **evaluation}:
-        by_mode = {"train": train.get(query, []), "eval": evaluation.get(query, [])}
-        said = []
-        for text in dict.fromkeys(itertools.chain(*by_mode.values())):
-            modes = [mode for mode, texts in by_mode.items() if text in texts]
-            said.append(text if len(modes) == 2 else f"{text} in {modes[0]} mode")
+        said = dict.fromkeys([*train.get(query, []), *evaluation.get(query, [])])
         _warn(f"the feature {query!r} {', and '.join(said)}; exact=True gives its own value", FeatureWarning)
 
 
@@ -981,9 +940,6 @@ def _aliases(operator_name: str) -> tuple[frozenset[Any], frozenset[Any]] | None
     """The arguments that an operator writes to and those it may return a view of, by position and by name.
 
     From the schemas that torch declares for all overloads; None where there are none.
-
-    >>> [sorted(map(str, alias)) for alias in _aliases("aten::relu_")]
-    [['0', 'self'], ['0', 'self']]
     """
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
     writes: set[Any] = set()
@@ -1076,15 +1032,14 @@ class DualGraphModule(fx.GraphModule):
         return self._featx_codes[not self.training]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles: both modes, or the active one if their features have different types."""
-        try:
+        """What ``torch.jit.script`` compiles: both modes, or, where that fails, the active one."""
+        with contextlib.suppress(RuntimeError):
             create_script_module(self, infer_methods_to_compile)  # type: ignore[no-untyped-call]
             return self
-        except RuntimeError as error:
-            if "Previous return statement" not in str(error):
-                raise
         mode = "train" if self.training else "eval"
-        _warn(f"the modes' features have different types, which TorchScript cannot have: it gets the {mode} mode only")
+        _warn(
+            f"TorchScript gets the {mode} mode only: it cannot compile both together, as their features' types differ"
+        )
         one = copy.copy(self)
         one.train_graph = one.eval_graph = one.graph
         one.recompile()
@@ -1499,8 +1454,8 @@ def _cell(value: Any) -> str:
 def _plot(features: Sequence[tuple[str, Any]], path: str) -> None:
     """Draw of each feature of the first input up to eight channels, or all of a matrix or a vector."""
     figures = importlib.import_module("matplotlib.figure")
-    tensors = [(key, value) for key, value in features if isinstance(value, torch.Tensor) and not value.is_meta]
-    drawn = [(key, _maps(value[0])) for key, value in tensors if value.dim() > 1 and value.numel()]
+    tensors = {key: value for key, value in features if isinstance(value, torch.Tensor) and value.numel()}
+    drawn = [(key, _maps(value[0])) for key, value in tensors.items() if value.dim() > 1]
     if not drawn:
         raise ValueError("--plot has nothing to draw: no feature has a batch dimension and another one")
     figure = figures.Figure(figsize=(9, 1.3 * len(drawn)))
@@ -1545,28 +1500,24 @@ def _names(model: nn.Module, options: argparse.Namespace) -> tuple[int, str]:
 
 
 def _table(model: nn.Module, inputs: torch.Tensor | None, options: argparse.Namespace) -> str:
-    """All nodes: name, operation, module class or function, shape where there is an input, notes."""
+    """The nodes of a mode: name, operation, module class or function, shape where there is an input, notes."""
+    mode, other = ("train", "eval") if options.train else ("eval", "train")
     with _unchanged(model) as restore:
         tracers = _trace_both(restore, model, exact=options.exact, auto_leaf=options.auto_leaf)
-        nodes = {mode: {name: node for node, name in t.node_to_qualname.items()} for mode, t in tracers.items()}
-        hazards = {}
-        for mode, tracer in tracers.items():
-            features = {name: _Feature(node, node) for name, node in nodes[mode].items()}
-            hazards[mode] = _prune(tracer, features, dict(zip(features, features)))
-        extractor = DualGraphModule(model, tracers["train"].graph, tracers["eval"].graph)
+        graph, nodes = tracers[mode].graph, {name: node for node, name in tracers[mode].node_to_qualname.items()}
+        features = {name: _Feature(node, node) for name, node in nodes.items()}
+        hazards = _prune(tracers[mode], features, dict(zip(nodes, nodes)))
+        extractor = DualGraphModule(model, graph, graph)
     with torch.no_grad():
         values = {} if inputs is None else extractor(inputs)
+    others = set(tracers[other].names)
     rows = [("name", "operation", "target", "shape", "note")]
-    mode, other = ("train", "eval") if options.train else ("eval", "train")
-    everything = [(listed, *item) for listed in (mode, other) for item in nodes[listed].items()]
-    for listed, name, node in everything:
-        if listed == mode or name not in nodes[mode]:
-            value = values.get(name) if listed == mode else None
-            shape = _cell(list(value.shape)) if isinstance(value, torch.Tensor) else ""
-            is_call = node.op == "call_module"
-            target = type(_at(model, str(node.target))).__name__ if is_call else node._pretty_print_target(node.target)
-            notes = [] if name in nodes[mode] and name in nodes[other] else [f"{listed} only"]
-            rows.append((name, node.op, target, shape, "; ".join(notes + hazards[listed].get(name, []))))
+    for name, node in nodes.items():
+        is_call = node.op == "call_module"
+        target = type(_at(model, str(node.target))).__name__ if is_call else node._pretty_print_target(node.target)
+        shape = _cell(list(values[name].shape)) if isinstance(values.get(name), torch.Tensor) else ""
+        notes = [f"{mode} only"] * (name not in others) + hazards.get(name, [])
+        rows.append((name, node.op, target, shape, "; ".join(notes)))
     return _align(rows)
 
 
