@@ -65,7 +65,8 @@ from torch.fx.node import _get_qualified_name, map_aggregate, map_arg
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.jit._recursive import create_script_module, infer_methods_to_compile
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 __version__ = "0.2.0"
 __all__ = [
@@ -83,7 +84,7 @@ __all__ = [
 ReturnNodes = Union[str, Mapping[str, str], Iterable[str]]
 
 
-# ------------------------------------------------------------------------------------- errors
+# -------------------- errors
 
 
 class NodeNameError(ValueError):
@@ -141,7 +142,7 @@ class FeatureWarning(UserWarning):
     """A feature is something else than its query says, or than the model computes."""
 
 
-# --------------------------------------------------------------------------- public functions
+# -------------------- public functions
 
 
 class NodeNames(NamedTuple):
@@ -255,10 +256,11 @@ def create_feature_extractor(
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
     _warn_hazards(*hazards)
+    _warn_baked(tracers, features)
     return extractor
 
 
-# ------------------------------------------------------------------------------------ tracers
+# -------------------- tracers
 
 
 class LeafModuleAwareTracer(fx.Tracer):
@@ -316,9 +318,11 @@ class NodePathTracer(LeafModuleAwareTracer):
         super().__init__(*args, **kwargs)
         self.node_to_qualname: dict[fx.Node, str] = {}
         self.current_module_qualname = ""
+        self.proxy_buffer_attributes = exact or self.proxy_buffer_attributes
         self._exact = exact
         self._namer = _Namer()
         self._returned: dict[str, _Feature] = {}  # the first call of a module -> what it returned
+        self._baked: dict[Any, list[_Baked]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -327,17 +331,26 @@ class NodePathTracer(LeafModuleAwareTracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
-        self._thread, self._training = threading.get_ident(), getattr(root, "training", False)
+        self._training = getattr(root, "training", False)
         if self._exact and isinstance(root, nn.Module):
             self._namer = _Namer(path for path, _ in root.named_modules(remove_duplicate=False) if path)
-        return super().trace(root, concrete_args)
+        self._watch = _Watch(self)
+        with _watching(self._watch):
+            if "forward" in vars(root):
+                code = getattr(root.forward, "__code__", None)
+                where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+                self._watch.next.append(self._watch.bake(_REPLACED.format(where)))
+            graph = super().trace(root, concrete_args)
+        self._baked[next(iter(reversed(graph.nodes)))] = self._watch.next
+        return graph
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a leaf module, or trace through the module with its path as scope."""
-        if self._thread != threading.get_ident():  # torch.fx has nn.Module patched for other threads as well
+        if self._watch.thread != threading.get_ident():  # torch.fx has nn.Module patched for other threads as well
             return forward(*args, **kwargs)
+        self._watch.look()
         path, outer = self.path_of_module(m), self.current_module_qualname
         self.current_module_qualname = path
         try:
@@ -366,7 +379,7 @@ class NodePathTracer(LeafModuleAwareTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter."""
-        if self._thread != threading.get_ident():
+        if self._watch.thread != threading.get_ident():
             return attr_val
         value = super().getattr(attr, attr_val, parameter_proxy_cache)
         if isinstance(value, fx.Proxy) and value.node not in self.node_to_qualname:  # with param_shapes_constant
@@ -380,18 +393,136 @@ class NodePathTracer(LeafModuleAwareTracer):
             return a.node
         if kind is tuple:
             return tuple([self.create_arg(item) for item in a])
-        return a if kind in _PLAIN_TYPES or (kind is dict and not a) else super().create_arg(a)
+        if kind in _PLAIN_TYPES or (kind is dict and not a):
+            return a
+        argument = super().create_arg(a)
+        if id(a) in self._watch.made:
+            self._baked[argument] = [self._watch.made[id(a)][1]]
+        return argument
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Give the node of an operation a name."""
         if isinstance(node.type, str):  # as under "from __future__ import annotations"; torch.fx takes it for a value
             node.type = None
+        watch = self._watch
+        watch.look()
+        if watch.blocks or watch.next:
+            self._baked[node], watch.next = [*watch.blocks, *watch.next], []
         own = None if node.op == "call_module" else node.name
         self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
         return super().proxy(node)
 
 
 _PLAIN_TYPES = frozenset([bool, float, int, str, type(None)])
+
+# What tracing bakes into a graph: what it leaves out, or makes a constant of.
+_AUTOCAST = "runs a part under torch.autocast, which tracing leaves out"
+_GRAD_MODE = "changes the grad mode, which tracing leaves out"
+_BUFFERS = "computes from buffers, which tracing makes a constant that does not follow load_state_dict"
+_RANDOM = "draws random numbers, which tracing makes the same at each call"
+_REPLACED = "was replaced on the instance{}, which tracing ignores, but not in nn.Sequential(model)"
+
+
+class _Baked(NamedTuple):
+    what: str
+    path: str  # of the module whose forward does it
+    line: str
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees in a forward what torch.fx does not record, in its own thread: modes, and what is computed without proxies.
+
+    It is noted for the nodes that depend on it, or, if the tracer is exact, an error.
+    """
+
+    def __init__(self, tracer: NodePathTracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer, self.thread = tracer, threading.get_ident()
+        self.found: dict[tuple[str, str], _Baked] = {}
+        self.made: dict[int, tuple[torch.Tensor, _Baked]] = {}  # the id of a tensor -> it, and what it is made of
+        self.start = self.state = _modes()
+        self.blocks: list[_Baked] = []  # those that are open
+        self.next: list[_Baked] = []  # what is noted for the node that comes next
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, the default, imports torch._dynamo
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        baked = [self.bake(_RANDOM)] if torch.Tag.nondeterministic_seeded in func.tags else []
+        for tensor in _tensors((args, kwargs)):
+            baked += [self.made[id(tensor)][1]] if id(tensor) in self.made else []
+            baked += [self.bake(_BUFFERS)] if id(tensor) in self.buffers else []
+        for tensor in _tensors(value) if baked else ():
+            self.made[id(tensor)] = tensor, baked[0]
+        if baked and not isinstance(value, torch.Tensor):
+            self.next += baked[:1]
+        return value
+
+    @functools.cached_property
+    def buffers(self) -> dict[int, torch.Tensor]:
+        """The buffers of the model that have floating point, by id."""
+        return {id(buffer): buffer for buffer in self.tracer.root.buffers() if buffer.dtype.is_floating_point}
+
+    def look(self) -> None:
+        """See which blocks are open."""
+        state = _modes()
+        if state != self.state:
+            self.state = state
+            kinds = zip((_AUTOCAST, _GRAD_MODE), state, self.start)
+            self.blocks = [self.bake(what) for what, now, before in kinds if now != before]
+
+    def bake(self, what: str) -> _Baked:
+        """Note what the forward that runs does, or refuse it."""
+        if self.tracer._exact:
+            raise fx.proxy.TraceError(f"its forward {what}")
+        key = what, self.tracer.current_module_qualname
+        if key not in self.found:
+            self.found[key] = _Baked(*key, _source_line(traceback.extract_stack()))
+        return self.found[key]
+
+
+@contextlib.contextmanager
+def _watching(watch: _Watch) -> Iterator[None]:
+    """Let a watch see what runs; enabling gradients where they are enabled shows in no state, so it looks there."""
+
+    def noting(enter: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(block: Any) -> Any:
+            if threading.get_ident() == watch.thread:
+                watch.next.append(watch.bake(_GRAD_MODE))
+            return enter(block)
+
+        return noted
+
+    with contextlib.ExitStack() as undo:
+        for block in (torch.enable_grad, torch.set_grad_enabled):
+            undo.callback(setattr, block, "__enter__", block.__enter__)
+            block.__enter__ = noting(block.__enter__)  # type: ignore[method-assign]
+        undo.enter_context(watch)
+        yield
+
+
+def _modes() -> tuple[int, bool]:
+    """How deep in blocks of autocast this thread is, and whether gradients are enabled."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [item for item in tree_flatten(value)[0] if isinstance(item, torch.Tensor)]
+
+
+def _warn_baked(tracers: Mapping[str, NodePathTracer], features: Mapping[str, Mapping[str, _Feature]]) -> None:
+    """Warn once of each kind of what was baked into nodes that stay."""
+    found: dict[str, _Baked] = {}
+    for mode, tracer in tracers.items():
+        for node in [*tracer.graph.nodes, *(feature.after for feature in features[mode].values())]:
+            for baked in tracer._baked.get(node, ()):
+                found.setdefault(baked.what, baked)
+    for what, path, line in found.values():
+        where = f"the forward of the module {path!r}" if path else "the model's own forward"
+        _warn(f"{where} {what}; exact=True, with auto_leaf=True, is right or raises an error{line}", FeatureWarning)
 
 
 def _trace_both(
@@ -435,7 +566,7 @@ def _trace(model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args
     except Exception as error:
         path = vars(error).get("featx_path", "")
         module_type = type(_at(model, path)) if path else type(model)
-        reason = f"{type(error).__name__}: {error}{_source_line(error)}"
+        reason = f"{type(error).__name__}: {error}{_source_line(traceback.extract_tb(error.__traceback__))}"
         children = [] if path else [name for name, child in model.named_children() if _can_trace(child, arguments)]
         raise UntraceableError(path, module_type, reason, children) from error
 
@@ -460,9 +591,10 @@ def _tracer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     }
     arguments = dict(given or {})
     for name, default in defaults.items():
-        arguments[name] = (*default, *arguments.get(name, ()))
+        added = arguments.get(name, ())
+        arguments[name] = (*default, *(added if isinstance(added, Iterable) else [added]))
         if name != "autowrap_modules" and not all(map(inspect.isclass, arguments[name])):
-            raise TypeError(f"tracer_kwargs[{name!r}] takes a list of classes, not {arguments[name]!r}")
+            raise TypeError(f"tracer_kwargs[{name!r}] takes a list of classes, not {added!r}")
     return arguments
 
 
@@ -476,10 +608,10 @@ def _check_concrete_args(model: nn.Module, concrete_args: Mapping[str, Any] | No
             raise ValueError(f"concrete_args has {value!r} for {name!r}; it takes single values")
 
 
-def _source_line(error: BaseException) -> str:
-    """Where in the model's source an error came from: the last line outside torch and this file."""
+def _source_line(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The line of the model's source among these: the last one outside torch and this file."""
     torch_files = os.path.dirname(torch.__file__) + os.sep
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    for frame in reversed(frames):
         if frame.filename != _source_line.__code__.co_filename and not frame.filename.startswith(torch_files):
             return f'\n  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n    {frame.line}'
     return ""
@@ -505,7 +637,7 @@ def _warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=4)
 
 
-# -------------------------------------------------------------------------------------- names
+# -------------------- names
 
 
 class _Namer:
@@ -560,7 +692,7 @@ def _split_number(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-# ---------------------------------------------------------------------------------- selection
+# -------------------- selection
 
 
 def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[str, str]]:
@@ -648,7 +780,7 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------ pruning
+# -------------------- pruning
 
 
 class _Operation(NamedTuple):
@@ -788,7 +920,7 @@ def _clone_nested(value: Any) -> Any:
     return tree_map(lambda item: item.clone() if isinstance(item, kinds) else item, value)
 
 
-# ------------------------------------------------------------------------------------ hazards
+# -------------------- hazards
 
 
 def _hazards(
@@ -834,7 +966,7 @@ def _warn_hazards(train: dict[str, list[str]], evaluation: dict[str, list[str]])
         _warn(f"the feature {query!r} {', and '.join(said)}; exact=True gives its own value", FeatureWarning)
 
 
-# ------------------------------------------------------------------------------------ effects
+# -------------------- effects
 
 
 def _describe(
@@ -867,7 +999,6 @@ _VIEW_FUNCTIONS = frozenset(
     "alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum feature_alpha_dropout getitem"
     " meshgrid pos type_as".split()
 )
-_PLAIN_ATTRIBUTES = ("device", "dtype", "layout", "ndim", "requires_grad", "shape")  # which share no memory
 
 
 def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -883,10 +1014,6 @@ def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> t
         return inputs * writing, inputs * viewing
     if node.op not in ("call_function", "call_method") or node.target in (*_ASSERTS, _clone):
         return [], []
-    if node.target is getattr:
-        return [], [] if node.args[1] in _PLAIN_ATTRIBUTES else inputs
-    if "out" in node.kwargs:
-        return (_nodes_in(node.kwargs["out"]),) * 2
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if (name.endswith("_") and not name.endswith("__")) or _is_told_inplace(node):
         written = _nodes_in(node.args[:1]) or inputs
@@ -926,13 +1053,9 @@ def _is_torchs(target: Any) -> bool:
 
 
 def _is_told_inplace(node: fx.Node) -> bool:
-    """Whether a function has a parameter ``inplace`` and is called with True for it."""
-    if True not in (*node.args, *node.kwargs.values()):
-        return False
-    with contextlib.suppress(TypeError, ValueError):  # of what has no signature
-        call = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs)  # type: ignore[arg-type]
-        return call.arguments.get("inplace") is True
-    return False
+    """Whether a function is called with True for its parameter ``inplace``."""
+    parameters = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
+    return {**dict(zip(parameters, node.args)), **node.kwargs}.get("inplace") is True
 
 
 @functools.lru_cache(maxsize=None)
@@ -944,10 +1067,9 @@ def _aliases(operator_name: str) -> tuple[frozenset[Any], frozenset[Any]] | None
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
     writes: set[Any] = set()
     views: set[Any] = set()
-    for schema, argument, position in ((s, a, i) for s in schemas for i, a in enumerate(s.arguments)):
-        # The tensors of a list, as "Tensor(a!)[] self"; of "Tensor[](a!) self" the list itself is written to.
-        is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]") or f")[] {argument.name}" in str(schema)
-        if argument.alias_info is None or not is_tensor:
+    for position, argument in itertools.chain.from_iterable(enumerate(schema.arguments) for schema in schemas):
+        # Of "Tensor[](a!) self" the list itself is written to.
+        if argument.alias_info is None or str(argument.type) not in ("Tensor", "Optional[Tensor]"):
             continue
         places = {argument.name} if argument.kwarg_only else {argument.name, position}
         views |= places
@@ -961,7 +1083,7 @@ def _nodes_in(arguments: Any) -> list[fx.Node]:
     return found
 
 
-# -------------------------------------------------------------------------- the two-mode module
+# -------------------- the two-mode module
 
 
 class DualGraphModule(fx.GraphModule):
@@ -1048,8 +1170,8 @@ class DualGraphModule(fx.GraphModule):
     def __getstate__(self) -> dict[str, Any]:
         # The last is what nn.Module.compile() made of this module, and would run this one in a copy.
         skipped = ("_featx_codes", "_compiled_call_impl")
-        state = {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
-        state = {name: state[name] for name in state if name not in skipped}
+        state = {name: value for name, value in vars(self).items() if name not in skipped}
+        state.update({name: copy.copy(value) for name, value in state.items() if isinstance(value, dict)})
         graphs = {"train_graph": _pack(self.train_graph), "eval_graph": _pack(self.eval_graph)}
         return {**state, **graphs, "_class_name": type(self).__name__}
 
@@ -1207,7 +1329,7 @@ def _unpack(packed: tuple[Any, ...]) -> fx.Graph:
     return graph
 
 
-# ------------------------------------------------------------------------------------- guards
+# -------------------- guards
 
 _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the whole process
 
@@ -1271,7 +1393,7 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
 _CONTAINERS = frozenset([dict, list, collections.OrderedDict, collections.defaultdict])
 
 
-# ------------------------------------------------------------------------------- command line
+# -------------------- command line
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
