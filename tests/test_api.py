@@ -63,20 +63,6 @@ def test_concrete_args() -> None:
         extractor(X, False)
 
 
-def test_concrete_args_of_nested_inputs() -> None:
-    from torch.fx._symbolic_trace import PH
-
-    model = net(lambda self, pair: self.fc(pair["a"]) + pair["b"], fc=nn.Linear(4, 4))
-    concrete = {"pair": {"a": PH, "b": PH}}
-    extractor = featx.create_feature_extractor(model, ["fc", "add"], concrete_args=concrete)
-    inputs = {"a": X, "b": X * 2}
-    nested = net(lambda self, pair: {"sum": self.fc(pair["a"]), "rest": [pair["b"]]}, fc=nn.Linear(4, 4))
-    whole = featx.create_feature_extractor(nested, ["output"], concrete_args=concrete)
-    assert nets.same(whole(inputs)["output"], nested(inputs))
-    for mode in (True, False):
-        assert torch.equal(extractor.train(mode)(inputs)["add"], model(inputs))
-
-
 def test_param_shapes_constant() -> None:
     def forward(self: Any, x: Any) -> Any:
         return x * self.weight.shape[0] if self.weight.dim() == 2 else x

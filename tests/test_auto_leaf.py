@@ -136,7 +136,7 @@ def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
         with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
             featx.get_graph_node_names(model, auto_leaf=auto_leaf)
         assert raised.value.traceable == ["backbone"]
-        assert str(raised.value).endswith("These of its children can be traced by themselves: backbone.")
+        assert str(raised.value).endswith("\nIts children backbone can be traced by themselves.")
 
 
 @pytest.mark.zoo

@@ -82,15 +82,9 @@ def slow(plan: Net, log: Sequence[Entry], exact: bool) -> List[str]:
 
 
 # What hypothesis found.
-METHODS_OF_AN_EXTRACTOR = Net(
-    (("_train_forward", "doubling"), ("_eval_forward", "buffer")),
-    (("use", 0, 0, True), ("use", 1, 0, False), ("mode", (("apply", "tanh", 0, 0, True),), ())),
-)
-CALLED_SELF = Net(
-    (("self", "doubling"), ("self_", "sigmoid")), (("use", 0, 0, False), ("use", 1, 0, True), ("use", 0, 0, False))
-)
 A_BUFFER_LIKE_AN_ARGUMENT = Net((("x", "buffer"),), (("use", 0, 0, False), ("apply", "add_", 1, 0, False)))
 A_BUFFER_AS_A_FEATURE = Net((("a", "buffer"),), (("use", 0, 0, False), ("update", 0, 0)))
+A_NAME_WITH_A_NEWLINE = Net((("\n", Net((), (("split", 0),))),), (("split", 0), ("use", 0, 0, False)))
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -108,6 +102,7 @@ def test_names_are_distinct_and_those_of_the_slow_implementation(plan: Net, exac
 
 
 @given(plans())
+@example(A_NAME_WITH_A_NEWLINE)
 def test_names_are_torchvisions_wherever_these_are_distinct(plan: Net) -> None:
     feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
     try:
@@ -125,6 +120,8 @@ def test_names_are_torchvisions_wherever_these_are_distinct(plan: Net) -> None:
 def is_misread(names: List[str]) -> bool:
     """Whether names mean something else as the regular expressions that torchvision makes of them (D12)."""
     stems = {re.sub(r"_[0-9]+$", "", name, flags=re.ASCII) for name in names}
+    if any("\n" in name for name in names):  # of which it removes no number, since its dot matches no newline
+        return True
     return any(bool(re.match(rf"{stem}(_[0-9]+)?$", name)) != is_form(name, stem) for stem in stems for name in names)
 
 
@@ -145,10 +142,7 @@ def assert_same(found: Dict[str, Any], expected: Dict[str, Any]) -> None:
 
 
 @given(plans(), st.booleans(), st.integers(0, 9))
-@example(METHODS_OF_AN_EXTRACTOR, True, 0)
-@example(METHODS_OF_AN_EXTRACTOR, False, 0)
 @example(A_BUFFER_AS_A_FEATURE, True, 0)
-@example(CALLED_SELF, False, 0)
 def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
     expected = expected_exact(plan, training)
     queries, model = random.Random(seed).sample(list(expected), len(expected)), build(plan)
@@ -158,9 +152,7 @@ def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, 
 
 
 @given(plans(), st.booleans())
-@example(METHODS_OF_AN_EXTRACTOR, True)
 @example(A_BUFFER_AS_A_FEATURE, False)
-@example(CALLED_SELF, True)
 def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> None:
     model, (entries, output) = build(plan), eager(plan, training)
     entries = [entry for entry in entries if entry.is_node]
@@ -323,8 +315,6 @@ def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> Tuple[n
 
 
 @given(plans(), st.booleans())
-@example(METHODS_OF_AN_EXTRACTOR, True)
-@example(CALLED_SELF, True)
 def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact)
     copies = [copy.deepcopy(extractor), copy.copy(extractor), by_torch_save(extractor)]
