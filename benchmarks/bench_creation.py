@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
@@ -14,7 +14,15 @@ import featx
 from benchmarks.competitors import traces, traces_and_codes
 from benchmarks.turns import Turns
 
-MODELS = ["resnet50", "densenet201", "efficientnet_v2_l", "swin_v2_b", "maxvit_t", "mvit_v2_s"]
+# The last node of each of the four stages, as detectors and segmenters ask for them.
+STAGES = {
+    "resnet50": ["layer1", "layer2", "layer3", "layer4"],
+    "densenet201": [f"features.denseblock{number}" for number in (1, 2, 3, 4)],
+    "swin_t": [f"features.{number}" for number in (1, 3, 5, 7)],
+    "swin_v2_b": [f"features.{number}" for number in (1, 3, 5, 7)],
+    "maxvit_t": [f"blocks.{number}" for number in (0, 1, 2, 3)],
+    "mvit_v2_s": [f"blocks.{number}" for number in (0, 2, 13, 15)],
+}
 
 
 class Functions(nn.Module):
@@ -51,7 +59,7 @@ SHAPES: Dict[str, Callable[[int], nn.Module]] = {
 SIZES = [250, 1000, 4000, 16000]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STAGES)
 def test_names(name: str, turns: Turns) -> None:
     model = get_model(name, weights=None)
     assert featx.get_graph_node_names(model) == torchvision.get_graph_node_names(model)
@@ -59,10 +67,10 @@ def test_names(name: str, turns: Turns) -> None:
     turns.take(competitors, to="two traces", budget=3, least=5, collect=True)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STAGES)
 def test_create(name: str, turns: Turns) -> None:
     model = get_model(name, weights=None)
-    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model)}
+    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model, STAGES[name])}
     ours, theirs = (competitors[library]() for library in ("featx", "torchvision"))
     assert set(ours.state_dict()) == set(theirs.state_dict())
     turns.take(competitors, to="two traces and codes", budget=3, least=5, collect=True)
@@ -84,7 +92,8 @@ def test_growth_of_names(shape: str, operations: int, turns: Turns) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_growth_of_creation(shape: str, operations: int, turns: Turns) -> None:
     model, x = SHAPES[shape](operations), torch.randn(3)
-    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model)}
+    last = featx.get_graph_node_names(model).eval[-1:]
+    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model, last)}
     del competitors["featx exact"]
     if operations > most_for_torchvision(shape):
         del competitors["torchvision"]
@@ -104,10 +113,9 @@ def listing(model: nn.Module) -> Dict[str, Callable[[], Any]]:
     }
 
 
-def creating(model: nn.Module) -> Dict[str, Callable[[], Any]]:
-    last = featx.get_graph_node_names(model).eval[-1:]
+def creating(model: nn.Module, queries: List[str]) -> Dict[str, Callable[[], Any]]:
     return {
-        "featx": lambda: featx.create_feature_extractor(model, last),
-        "featx exact": lambda: featx.create_feature_extractor(model, last, exact=True),
-        "torchvision": lambda: torchvision.create_feature_extractor(model, last),
+        "featx": lambda: featx.create_feature_extractor(model, queries),
+        "featx exact": lambda: featx.create_feature_extractor(model, queries, exact=True),
+        "torchvision": lambda: torchvision.create_feature_extractor(model, queries),
     }

@@ -53,7 +53,7 @@ def table(found: Dict[str, Any]) -> str:
     lines = [
         ("names of six models", "two bare traces", chosen(rows, "test_names")),
         ("names, 16,000 operations", "two bare traces", chosen(rows, "test_growth_of_names", operations=16000)),
-        ("creation, six models", "two bare traces and their code", chosen(rows, "test_create")),
+        ("creation, stages of six models", "two bare traces and their code", chosen(rows, "test_create")),
         ("forward, ten models, small inputs", "eager", chosen(rows, "test_forward", **small)),
         ("forward, compiled, small inputs", "eager, compiled", chosen(rows, "test_compiled", **small)),
         *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_features")),
