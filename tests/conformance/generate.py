@@ -56,9 +56,9 @@ def make(name: str) -> Dict[str, Any]:
     """A model's file as featx makes it here; the model runs on the meta device, which computes shapes only."""
     x = nets.zoo_input(name)
     model = nets.build_on_meta(name).to("meta")
-    with warnings.catch_warnings(), featx._unchanged(model) as keeper:
+    with warnings.catch_warnings(), featx._unchanged(model) as restore:
         warnings.simplefilter("ignore")  # what torchvision's models warn of is not about names
-        tracers = featx._trace_both(keeper, model)
+        tracers = featx._trace_both(restore, model)
         train, evaluation = (rows(model.train(mode == "train"), tracers[mode], x) for mode in ("train", "eval"))
     return {
         "$schema": "../schemas/zoo.json",
