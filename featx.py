@@ -60,7 +60,7 @@ import torch
 from torch import fx, nn
 
 # Private to torch; tried on 1.13.1, 2.2.2, 2.5.1 and 2.14.1.
-from torch.fx._symbolic_trace import _assert_is_none
+from torch.fx._symbolic_trace import _assert_is_none, _Patcher
 from torch.fx.node import _get_qualified_name, map_aggregate, map_arg
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.jit._recursive import create_script_module, infer_methods_to_compile
@@ -68,7 +68,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 __all__ = [
     "DualGraphModule",
     "FeatureWarning",
@@ -84,7 +84,7 @@ __all__ = [
 ReturnNodes = Union[str, Mapping[str, str], Iterable[str]]
 
 
-# -------------------- errors
+# ---- errors
 
 
 class NodeNameError(ValueError):
@@ -128,7 +128,7 @@ class UntraceableError(fx.proxy.TraceError):
     def __str__(self) -> str:
         name = self.module_type.__name__
         where = f"{name} at {self.path!r}" if self.path else f"the model's own forward ({name})"
-        leaf = f" leaf_modules=[{name}] makes each {name} one operation;" if self.path else ""
+        leaf = f" leaf_modules=[{name}] makes each {name} one operation (non_leaf_modules win);" if self.path else ""
         children = f"\nIts children {', '.join(self.traceable)} can be traced by themselves." if self.traceable else ""
         return (
             f"torch.fx cannot trace {where}: {self.reason}\nWhat helps, in tracer_kwargs:{leaf}"
@@ -142,7 +142,7 @@ class FeatureWarning(UserWarning):
     """A feature is something else than its query says, or than the model computes."""
 
 
-# -------------------- public functions
+# ---- public functions
 
 
 class NodeNames(NamedTuple):
@@ -171,7 +171,7 @@ def get_graph_node_names(
         suppress_diff_warning: do not warn when the two modes differ.
         concrete_args: values for arguments of ``forward`` that are fixed while tracing.
         exact: name by rule 5 as well: the path of a module means that module. What tracing would
-            leave out or make a constant (autocast, the grad mode, random numbers) is refused.
+            leave out, or make a constant, is refused (autocast, the grad mode, random numbers).
         auto_leaf: where the forward of a submodule cannot be traced, make its class a leaf and try
             again; a warning lists the classes.
 
@@ -260,7 +260,7 @@ def create_feature_extractor(
     return extractor
 
 
-# -------------------- tracers
+# ---- tracers
 
 
 class LeafModuleAwareTracer(fx.Tracer):
@@ -322,7 +322,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._exact = exact
         self._namer = _Namer()
         self._returned: dict[str, _Feature] = {}  # the first call of a module -> what it returned
-        self._baked: dict[Any, list[_Baked]] = {}
+        self._baked: dict[Any, dict[str, str]] = {}  # node -> what tracing loses of it -> the warning
 
     @property
     def names(self) -> list[str]:
@@ -335,11 +335,13 @@ class NodePathTracer(LeafModuleAwareTracer):
         if self._exact and isinstance(root, nn.Module):
             self._namer = _Namer(path for path, _ in root.named_modules(remove_duplicate=False) if path)
         self._watch = _Watch(self)
-        with _watching(self._watch):
+        with _Patcher() as patcher, self._watch:
+            for block in (torch.enable_grad, torch.set_grad_enabled):  # where gradients are enabled no state shows it
+                patcher.patch_method(block, "__enter__", self._watch.noting(block.__enter__))
             if "forward" in vars(root):
                 code = getattr(root.forward, "__code__", None)
                 where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
-                self._watch.next.append(self._watch.bake(_REPLACED.format(where)))
+                self._watch.next = self._watch.bake(_REPLACED.format(where))
             graph = super().trace(root, concrete_args)
         self._baked[next(iter(reversed(graph.nodes)))] = self._watch.next
         return graph
@@ -378,7 +380,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         return _Feature(value, next(iter(reversed(self.graph.nodes)), None))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Record the use of a parameter."""
+        """Record the use of a parameter, and if exact of a buffer."""
         if self._watch.thread != threading.get_ident():
             return attr_val
         value = super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -397,7 +399,7 @@ class NodePathTracer(LeafModuleAwareTracer):
             return a
         argument = super().create_arg(a)
         if id(a) in self._watch.made:
-            self._baked[argument] = [self._watch.made[id(a)][1]]
+            self._baked[argument] = self._watch.made[id(a)][1]
         return argument
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -407,7 +409,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         watch = self._watch
         watch.look()
         if watch.blocks or watch.next:
-            self._baked[node], watch.next = [*watch.blocks, *watch.next], []
+            self._baked[node], watch.next = {**watch.blocks, **watch.next}, {}
         own = None if node.op == "call_module" else node.name
         self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
         return super().proxy(node)
@@ -415,7 +417,7 @@ class NodePathTracer(LeafModuleAwareTracer):
 
 _PLAIN_TYPES = frozenset([bool, float, int, str, type(None)])
 
-# What tracing bakes into a graph: what it leaves out, or makes a constant of.
+# What tracing leaves out, or makes a constant of.
 _AUTOCAST = "runs a part under torch.autocast, which tracing leaves out"
 _GRAD_MODE = "changes the grad mode, which tracing leaves out"
 _BUFFERS = "computes from buffers, which tracing makes a constant that does not follow load_state_dict"
@@ -423,84 +425,68 @@ _RANDOM = "draws random numbers, which tracing makes the same at each call"
 _REPLACED = "was replaced on the instance{}, which tracing ignores, but not in nn.Sequential(model)"
 
 
-class _Baked(NamedTuple):
-    what: str
-    path: str  # of the module whose forward does it
-    line: str
-
-
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees in a forward what torch.fx does not record, in its own thread: modes, and what is computed without proxies.
+    """Sees in a forward, in its own thread, what torch.fx does not record: blocks, and computing without proxies.
 
-    It is noted for the nodes that depend on it, or, if the tracer is exact, an error.
+    That is a warning for the nodes that depend on it, or, if the tracer is exact, an error.
     """
 
     def __init__(self, tracer: NodePathTracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer, self.thread = tracer, threading.get_ident()
-        self.found: dict[tuple[str, str], _Baked] = {}
-        self.made: dict[int, tuple[torch.Tensor, _Baked]] = {}  # the id of a tensor -> it, and what it is made of
         self.start = self.state = _modes()
-        self.blocks: list[_Baked] = []  # those that are open
-        self.next: list[_Baked] = []  # what is noted for the node that comes next
+        self.blocks: dict[str, str] = {}  # the warnings for each node while a block is open
+        self.next: dict[str, str] = {}  # those for the node that comes next
+        self.made: dict[int, tuple[torch.Tensor, dict[str, str]]] = {}  # id of a tensor -> it, those for who takes it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True, the default, imports torch._dynamo
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        value = func(*args, **(kwargs or {}))
-        baked = [self.bake(_RANDOM)] if torch.Tag.nondeterministic_seeded in func.tags else []
-        for tensor in _tensors((args, kwargs)):
-            baked += [self.made[id(tensor)][1]] if id(tensor) in self.made else []
-            baked += [self.bake(_BUFFERS)] if id(tensor) in self.buffers else []
-        for tensor in _tensors(value) if baked else ():
-            self.made[id(tensor)] = tensor, baked[0]
-        if baked and not isinstance(value, torch.Tensor):
-            self.next += baked[:1]
-        return value
-
     @functools.cached_property
     def buffers(self) -> dict[int, torch.Tensor]:
-        """The buffers of the model that have floating point, by id."""
+        """The model's buffers of floating point, by id."""
         return {id(buffer): buffer for buffer in self.tracer.root.buffers() if buffer.dtype.is_floating_point}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        baked = self.bake(_RANDOM) if torch.Tag.nondeterministic_seeded in func.tags else {}
+        for tensor in _tensors((args, kwargs)):
+            if id(tensor) in self.made:
+                baked = {**baked, **self.made[id(tensor)][1]}
+            elif id(tensor) in self.buffers:
+                baked = {**baked, **self.bake(_BUFFERS)}
+        made = _tensors(value)
+        self.made.update({id(tensor): (tensor, baked) for tensor in made if baked})
+        self.next.update({} if made else baked)  # a number may decide which way the code goes
+        return value
+
+    def noting(self, enter: Callable[..., Any]) -> Callable[..., Any]:
+        """The ``__enter__`` of a block that changes the grad mode, noted for the node that comes next."""
+
+        def noted(block: Any) -> Any:
+            if threading.get_ident() == self.thread:
+                self.next.update(self.bake(_GRAD_MODE))
+            return enter(block)
+
+        return noted
 
     def look(self) -> None:
         """See which blocks are open."""
         state = _modes()
         if state != self.state:
-            self.state = state
-            kinds = zip((_AUTOCAST, _GRAD_MODE), state, self.start)
-            self.blocks = [self.bake(what) for what, now, before in kinds if now != before]
+            self.state, self.blocks = state, {}
+            for what, now, start in zip((_AUTOCAST, _GRAD_MODE), state, self.start):
+                self.blocks.update(self.bake(what) if now != start else {})
 
-    def bake(self, what: str) -> _Baked:
-        """Note what the forward that runs does, or refuse it."""
+    def bake(self, what: str) -> dict[str, str]:
+        """The warning of what the forward that runs does; refused if the tracer is exact."""
         if self.tracer._exact:
             raise fx.proxy.TraceError(f"its forward {what}")
-        key = what, self.tracer.current_module_qualname
-        if key not in self.found:
-            self.found[key] = _Baked(*key, _source_line(traceback.extract_stack()))
-        return self.found[key]
-
-
-@contextlib.contextmanager
-def _watching(watch: _Watch) -> Iterator[None]:
-    """Let a watch see what runs; enabling gradients where they are enabled shows in no state, so it looks there."""
-
-    def noting(enter: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(block: Any) -> Any:
-            if threading.get_ident() == watch.thread:
-                watch.next.append(watch.bake(_GRAD_MODE))
-            return enter(block)
-
-        return noted
-
-    with contextlib.ExitStack() as undo:
-        for block in (torch.enable_grad, torch.set_grad_enabled):
-            undo.callback(setattr, block, "__enter__", block.__enter__)
-            block.__enter__ = noting(block.__enter__)  # type: ignore[method-assign]
-        undo.enter_context(watch)
-        yield
+        path = self.tracer.current_module_qualname
+        where = f"the forward of the module {path!r}" if path else "the model's own forward"
+        line = _source_line(traceback.walk_stack(None))
+        return {what: f"{where} {what}; exact=True, with auto_leaf=True, is right or raises an error{line}"}
 
 
 def _modes() -> tuple[int, bool]:
@@ -514,27 +500,20 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _warn_baked(tracers: Mapping[str, NodePathTracer], features: Mapping[str, Mapping[str, _Feature]]) -> None:
-    """Warn once of each kind of what was baked into nodes that stay."""
-    found: dict[str, _Baked] = {}
+    """Warn once of each kind of what tracing lost of the nodes that stay."""
+    found: dict[str, str] = {}
     for mode, tracer in tracers.items():
         for node in [*tracer.graph.nodes, *(feature.after for feature in features[mode].values())]:
-            for baked in tracer._baked.get(node, ()):
-                found.setdefault(baked.what, baked)
-    for what, path, line in found.values():
-        where = f"the forward of the module {path!r}" if path else "the model's own forward"
-        _warn(f"{where} {what}; exact=True, with auto_leaf=True, is right or raises an error{line}", FeatureWarning)
+            found = {**tracer._baked.get(node, {}), **found}
+    for message in found.values():
+        _warn(message, FeatureWarning)
 
 
 def _trace_both(
-    restore: Callable[..., None],
-    model: nn.Module,
-    tracer_kwargs: Mapping[str, Any] | None = None,
-    concrete_args: dict[str, Any] | None = None,
-    exact: bool = False,
-    auto_leaf: bool = False,
+    restore: Callable[..., None], model: nn.Module, tracer_kwargs: Any, concrete_args: Any, exact: bool, auto_leaf: bool
 ) -> dict[str, NodePathTracer]:
     """Trace in train mode and in eval mode; tensors and modules that a forward makes stay on the model."""
-    arguments = {**_tracer_arguments(tracer_kwargs), "exact": exact}
+    arguments = {"exact": exact, **_tracer_arguments(tracer_kwargs)}
     _check_concrete_args(model, concrete_args)
     leaves: list[type[nn.Module]] = []
     while True:
@@ -566,7 +545,7 @@ def _trace(model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args
     except Exception as error:
         path = vars(error).get("featx_path", "")
         module_type = type(_at(model, path)) if path else type(model)
-        reason = f"{type(error).__name__}: {error}{_source_line(traceback.extract_tb(error.__traceback__))}"
+        reason = f"{type(error).__name__}: {error}{_source_line(reversed([*traceback.walk_tb(error.__traceback__)]))}"
         children = [] if path else [name for name, child in model.named_children() if _can_trace(child, arguments)]
         raise UntraceableError(path, module_type, reason, children) from error
 
@@ -589,7 +568,7 @@ def _tracer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
         "non_leaf_modules": [],
         "autowrap_modules": [math, ops] if ops else [math],
     }
-    arguments = dict(given or {})
+    arguments = {**(given or {})}
     for name, default in defaults.items():
         added = arguments.get(name, ())
         arguments[name] = (*default, *(added if isinstance(added, Iterable) else [added]))
@@ -601,19 +580,20 @@ def _tracer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
 def _check_concrete_args(model: nn.Module, concrete_args: Mapping[str, Any] | None) -> None:
     """Refuse arguments that ``forward`` lacks, and values for which torch.fx would change the signature."""
     known = list(inspect.signature(type(model).forward).parameters)[1:]
-    for name, value in dict(concrete_args or {}).items():
+    for name, value in {**(concrete_args or {})}.items():
         if str(name).lstrip("*") not in known:
             raise ValueError(f"concrete_args has {name!r}; the arguments of forward are {', '.join(known)}")
         if isinstance(value, (dict, list, tuple)):
             raise ValueError(f"concrete_args has {value!r} for {name!r}; it takes single values")
 
 
-def _source_line(frames: Sequence[traceback.FrameSummary]) -> str:
-    """The line of the model's source among these: the last one outside torch and this file."""
+def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
+    """Where in the model's source something is: the first of these lines outside torch and this file."""
     torch_files = os.path.dirname(torch.__file__) + os.sep
-    for frame in reversed(frames):
-        if frame.filename != _source_line.__code__.co_filename and not frame.filename.startswith(torch_files):
-            return f'\n  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n    {frame.line}'
+    for code, line in ((frame.f_code, line) for frame, line in frames):
+        if code.co_filename != _source_line.__code__.co_filename and not code.co_filename.startswith(torch_files):
+            text = linecache.getline(code.co_filename, line).strip()
+            return f'\n  File "{code.co_filename}", line {line}, in {code.co_name}\n    {text}'
     return ""
 
 
@@ -637,7 +617,7 @@ def _warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=4)
 
 
-# -------------------- names
+# ---- names
 
 
 class _Namer:
@@ -692,11 +672,11 @@ def _split_number(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-# -------------------- selection
+# ---- selection
 
 
 def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[str, str]]:
-    if [queries is None for queries in (both, train, evaluation)] not in ([False, True, True], [True, False, False]):
+    if (both is None) == (train is None) or (train is None) != (evaluation is None):
         raise ValueError("pass either return_nodes, or both train_return_nodes and eval_return_nodes")
     if both is not None:
         return dict.fromkeys(("train", "eval"), _as_mapping(both))
@@ -706,11 +686,11 @@ def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[s
 def _as_mapping(queries: Any) -> dict[str, str]:
     """``{query: key}`` from a mapping, an iterable of queries or one query."""
     if isinstance(queries, (nn.Module, bytes)) or not isinstance(queries, Iterable):
-        raise TypeError(f"takes a dict query -> key, a list of queries or a query, not a {type(queries).__name__}")
-    if not isinstance(queries, Mapping):
-        queries = [queries] if isinstance(queries, str) else list(queries)
-        queries = dict(zip(queries, queries))
-    mapping = {str(query): str(key) for query, key in queries.items()}
+        raise TypeError(f"return_nodes takes a dict, a list of queries or one query, not a {type(queries).__name__}")
+    if isinstance(queries, Mapping):
+        mapping = {str(query): str(key) for query, key in queries.items()}
+    else:
+        mapping = {str(query): str(query) for query in ([queries] if isinstance(queries, str) else queries)}
     owners: dict[str, str] = {}
     for query, key in mapping.items():
         if owners.setdefault(key, query) != query:
@@ -752,35 +732,37 @@ def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Itera
             output = next(iter(reversed(tracer.graph.nodes)))
             found[query] = _Feature(output.args[0], output)
         else:
-            known = [*names, *tracer._returned] if tracer._exact else names
-            raise NodeNameError(query, mode, _suggestions(known, query), _hint(tracers, mode, query))
+            candidates = dict.fromkeys(prefix for name in _known(tracer) for prefix in _prefixes(name))
+            closest = difflib.get_close_matches(query, list(candidates), n=3)
+            raise NodeNameError(query, mode, closest, _hint(tracers, mode, query))
     place = {node: index for index, node in enumerate(tracer.graph.nodes)}
-    ordered = sorted(found, key=lambda query: place.get(found[query].after, -1))
-    return {query: found[query] for query in ordered}
+    turn = {name: index for index, name in enumerate(tracer._returned)}  # of several that return after one node
+    order = sorted(found, key=lambda query: (place.get(found[query].after, -1), turn.get(query, -1)))
+    return {query: found[query] for query in order}
 
 
-def _suggestions(names: Sequence[str], query: str) -> list[str]:
-    """The closest of the names and of their prefixes, best first."""
-    candidates = dict.fromkeys(prefix for name in names for prefix in _prefixes(name))
-    return difflib.get_close_matches(query, list(candidates), n=3)
+def _known(tracer: NodePathTracer) -> list[str]:
+    """The names of nodes, and, where they can be asked for as such, the paths of modules."""
+    return [*tracer.names, *(tracer._returned if tracer._exact else ())]
 
 
 def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     """Why a query that matches nothing may have been expected to match."""
     tracer, other = tracers[mode], "eval" if mode == "train" else "train"
-    if _select(tracers[other].names, [query]) or (tracer._exact and query in tracers[other]._returned):
+    if _select(_known(tracers[other]), [query]):
         return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
     modules = dict(tracer.root.named_modules(remove_duplicate=False))
-    for path in {node.target for node in tracer.node_to_qualname if node.op == "call_module"}.intersection(
-        _prefixes(query)
-    ):
+    leaves = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
+    if query in leaves:
+        return "The call of this module has another name; exact=True gives what it returned."
+    for path in leaves.intersection(_prefixes(query)):
         leaf = type(modules[path]).__name__
         opened = f"tracer_kwargs={{'non_leaf_modules': [{leaf}]}} opens it."
         return f"It lies inside the leaf module {path!r} ({leaf}), which is one operation; {opened}"
-    return ""
+    return f"It is a module of the model in which no operation runs in {mode} mode." * (query in modules)
 
 
-# -------------------- pruning
+# ---- pruning
 
 
 class _Operation(NamedTuple):
@@ -801,11 +783,6 @@ def _staying(
     as it is after another. Nothing after the last of these runs. Before it, an operation stays if it
     is requested or an assert, if one that stays takes its value, or if it writes into memory that a
     read, or a later one that stays, reads. Placeholders always stay.
-
-    >>> operations = [_Operation(kind="placeholder"), _Operation((0,)), _Operation((1,), writes=(1,), views=(1,)),
-    ...               _Operation((1,)), _Operation((3,))]
-    >>> _staying(operations, [3]), _staying(operations, [1]), _staying(operations, [], [(1, 2)])
-    ([0, 1, 2, 3], [0, 1], [0, 1, 2])
     """
     memory = _memories(operations)
     needed: set[int] = set(requested)
@@ -916,11 +893,12 @@ def _clone(value: torch.Tensor) -> torch.Tensor:  # TorchScript takes what has n
 
 
 def _clone_nested(value: Any) -> Any:
-    kinds = (torch.Tensor, fx.Proxy)  # which stands for a tensor where an extractor is traced again
-    return tree_map(lambda item: item.clone() if isinstance(item, kinds) else item, value)
+    if isinstance(value, fx.Proxy):  # an extractor is traced again
+        return value.tracer.create_proxy("call_function", _clone, (value,), {})
+    return tree_map(lambda item: item.clone() if isinstance(item, torch.Tensor) else item, value)
 
 
-# -------------------- hazards
+# ---- hazards
 
 
 def _hazards(
@@ -932,11 +910,9 @@ def _hazards(
         if _misleads(tracer, query, feature.value):
             really = _described(tracer, feature.value, query)
             hazards[query].append(f"is the value of {really}, not what the module {query!r} returns")
-        writers = [
-            changes[node, feature.after] for node in _nodes_in(feature.value) if (node, feature.after) in changes
-        ]
-        if writers:
-            hazards[query].append(f"is overwritten in place by {_described(tracer, writers[0])}")
+        writers = [changes.get((node, feature.after)) for node in _nodes_in(feature.value)]
+        for writer in [*filter(None, writers)][:1]:
+            hazards[query].append(f"is overwritten in place by {_described(tracer, writer)}")
     return hazards
 
 
@@ -966,7 +942,7 @@ def _warn_hazards(train: dict[str, list[str]], evaluation: dict[str, list[str]])
         _warn(f"the feature {query!r} {', and '.join(said)}; exact=True gives its own value", FeatureWarning)
 
 
-# -------------------- effects
+# ---- effects
 
 
 def _describe(
@@ -974,19 +950,14 @@ def _describe(
 ) -> list[_Operation]:
     """What each node reads, writes and shares, as plain data; in doubt, what it only might write as well."""
     fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node that fetches it
-    owned: dict[str, list[int]] = collections.defaultdict(list)  # the path of a module -> the fetched ones inside
-    for node in nodes:
-        if node.op == "get_attr" and fetched.setdefault(node.target, place[node]) == place[node]:
-            for path in _prefixes(str(node.target)):
-                owned[path].append(place[node])
     operations = []
     for node in nodes:
         inputs = [place[taken] for taken in node.all_input_nodes]
         writes, views = ([place[taken] for taken in effect] for effect in _effects(tracer, node, in_doubt))
         if node.op == "get_attr":
-            views = [fetched[node.target]]
-        elif node.op == "call_module" and owned:  # it also reads its own parameters and buffers
-            inputs += owned.get(str(node.target), [])
+            views = [fetched.setdefault(node.target, place[node])]
+        elif node.op == "call_module":  # it also reads its own parameters and buffers
+            inputs += [at for path, at in fetched.items() if f"{path}.".startswith(f"{node.target}.")]
         kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
         operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
     return operations
@@ -1014,6 +985,8 @@ def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> t
         return inputs * writing, inputs * viewing
     if node.op not in ("call_function", "call_method") or node.target in (*_ASSERTS, _clone):
         return [], []
+    if "out" in node.kwargs:
+        return (_nodes_in(node.kwargs["out"]),) * 2
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if (name.endswith("_") and not name.endswith("__")) or _is_told_inplace(node):
         written = _nodes_in(node.args[:1]) or inputs
@@ -1083,7 +1056,7 @@ def _nodes_in(arguments: Any) -> list[fx.Node]:
     return found
 
 
-# -------------------- the two-mode module
+# ---- the two-mode module
 
 
 class DualGraphModule(fx.GraphModule):
@@ -1100,7 +1073,7 @@ class DualGraphModule(fx.GraphModule):
         class_name: the name of the new module's class.
 
     Raises:
-        ValueError: a graph refers to something that ``root`` does not have, or the graphs take different arguments.
+        AttributeError: a graph refers to something that ``root`` does not have.
     """
 
     # TorchScript would compile properties; these are for Python alone.
@@ -1142,26 +1115,25 @@ class DualGraphModule(fx.GraphModule):
     def recompile(self) -> _Code:  # type: ignore[override]
         """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
         self.train_graph.owning_module = self.eval_graph.owning_module = self
-        train = evaluation = _generate(self.train_graph)
-        if _fingerprint(self.train_graph) == _fingerprint(self.eval_graph):
+        train, evaluation = _generate(self.train_graph), _generate(self.eval_graph)
+        if train == evaluation:
             _define(self, "forward", train)
         else:
-            evaluation = _generate(self.eval_graph)
             _define(self, "_featx_train", train)
             _define(self, "_featx_eval", evaluation)
-            _define(self, "forward", _dispatcher(self.train_graph, train, evaluation))
+            _define(self, "forward", _dispatcher(self.train_graph, train))
         self._featx_codes = train, evaluation
         return self._featx_codes[not self.training]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles: both modes, or, where that fails, the active one."""
+        if self._featx_codes[0] == self._featx_codes[1]:
+            return self
         with contextlib.suppress(RuntimeError):
             create_script_module(self, infer_methods_to_compile)  # type: ignore[no-untyped-call]
             return self
         mode = "train" if self.training else "eval"
-        _warn(
-            f"TorchScript gets the {mode} mode only: it cannot compile both together, as their features' types differ"
-        )
+        _warn(f"TorchScript gets the {mode} mode only: it cannot compile both together")
         one = copy.copy(self)
         one.train_graph = one.eval_graph = one.graph
         one.recompile()
@@ -1202,12 +1174,10 @@ def _share(root: nn.Module, new: nn.Module, target: str) -> None:
         new = parent._modules[part]  # type: ignore[assignment]
     if isinstance(value, nn.Module):
         new._modules[name] = value
-    elif isinstance(value, nn.Parameter):
-        new._parameters[name] = value
     elif isinstance(value, torch.Tensor):
-        new._buffers[name] = value
-        if name in root._non_persistent_buffers_set:
-            new._non_persistent_buffers_set.add(name)
+        held: dict[str, Any] = new._parameters if isinstance(value, nn.Parameter) else new._buffers
+        held[name] = value
+        new._non_persistent_buffers_set.update({name} & root._non_persistent_buffers_set)
     else:
         setattr(new, name, value)
 
@@ -1216,17 +1186,8 @@ def _at(root: nn.Module, target: str) -> Any:
     """What lies at a path, also where an attribute of the class hides it."""
     found: Any = root
     for name in target.split("."):
-        try:
-            found = found._modules[name] if name in found._modules else getattr(found, name)
-        except AttributeError:
-            message = "the model has nothing at the path {!r}; a name in it may have a dot, which paths cannot have"
-            raise ValueError(message.format(target)) from None
+        found = found._modules[name] if name in found._modules else getattr(found, name)
     return found
-
-
-def _fingerprint(graph: fx.Graph) -> Any:
-    """What the code of a graph is made of; equal for graphs with the same code."""
-    return [(node.name, node.op, node.target, node.type, repr((node.args, node.kwargs))) for node in graph.nodes]
 
 
 class _Code(NamedTuple):
@@ -1273,16 +1234,12 @@ def _attribute(source: str, name: str) -> str:
     return f"{source}.{name}" if is_plain else f"getattr({source}, {name!r})"
 
 
-def _dispatcher(graph: fx.Graph, train: _Code, evaluation: _Code) -> _Code:
-    """The code of a ``forward`` that picks the method of the mode; the graph is one of the two."""
-    head, other = (next(line for line in c.src.splitlines() if line.startswith("def ")) for c in (train, evaluation))
-    if head != other:
-        raise ValueError(f"the graphs take different arguments: {head} {other}")
+def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
+    """The code of a ``forward`` that picks the method of the mode; graph and code are those of one."""
+    head = next(line for line in code.src.splitlines() if line.startswith("def "))
     call = ", ".join(str(node.target) for node in graph.nodes if node.op == "placeholder")
-    source = (
-        f"{head}\n    if self.training:\n        return self._featx_train({call})\n    return self._featx_eval({call})"
-    )
-    return _Code(source, source, train.globals)
+    body = f"    if self.training:\n        return self._featx_train({call})\n    return self._featx_eval({call})"
+    return _Code(f"{head}\n{body}", f"{head}\n{body}", code.globals)
 
 
 _file_numbers = itertools.count()
@@ -1329,7 +1286,7 @@ def _unpack(packed: tuple[Any, ...]) -> fx.Graph:
     return graph
 
 
-# -------------------- guards
+# ---- guards
 
 _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the whole process
 
@@ -1371,7 +1328,7 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
             if type(item) in _CONTAINERS and id(item) not in seen:
                 seen.add(id(item))
                 held.append(item)
-    noted = [(container, copy.copy(container)) for container in held]
+    noted = [(container, container.copy() if container else {}) for container in held]  # nearly all are empty
 
     def restore(keep: tuple[type, ...] = ()) -> None:
         for module, training in modes:
@@ -1380,7 +1337,7 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
         for container, before in noted:
             if not isinstance(container, dict):
                 container[:] = before
-            elif container or before:  # nearly all are hooks of nobody
+            elif container or before:
                 if container.keys() != before.keys():
                     for name in [name for name in container if name not in before]:
                         if not isinstance(container[name], keep):
@@ -1393,7 +1350,7 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
 _CONTAINERS = frozenset([dict, list, collections.OrderedDict, collections.defaultdict])
 
 
-# -------------------- command line
+# ---- command line
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
@@ -1625,7 +1582,7 @@ def _table(model: nn.Module, inputs: torch.Tensor | None, options: argparse.Name
     """The nodes of a mode: name, operation, module class or function, shape where there is an input, notes."""
     mode, other = ("train", "eval") if options.train else ("eval", "train")
     with _unchanged(model) as restore:
-        tracers = _trace_both(restore, model, exact=options.exact, auto_leaf=options.auto_leaf)
+        tracers = _trace_both(restore, model, None, None, options.exact, options.auto_leaf)
         graph, nodes = tracers[mode].graph, {name: node for node, name in tracers[mode].node_to_qualname.items()}
         features = {name: _Feature(node, node) for name, node in nodes.items()}
         hazards = _prune(tracers[mode], features, dict(zip(nodes, nodes)))
