@@ -54,7 +54,7 @@ import threading
 import traceback
 import warnings
 import weakref
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, Union
 
 import torch
 from torch import fx, nn
@@ -732,9 +732,7 @@ def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Itera
             output = next(iter(reversed(tracer.graph.nodes)))
             found[query] = _Feature(output.args[0], output)
         else:
-            candidates = dict.fromkeys(prefix for name in _known(tracer) for prefix in _prefixes(name))
-            closest = difflib.get_close_matches(query, list(candidates), n=3)
-            raise NodeNameError(query, mode, closest, _hint(tracers, mode, query))
+            raise NodeNameError(query, mode, _suggestions(_known(tracer), query), _hint(tracers, mode, query))
     place = {node: index for index, node in enumerate(tracer.graph.nodes)}
     turn = {name: index for index, name in enumerate(tracer._returned)}  # of several that return after one node
     order = sorted(found, key=lambda query: (place.get(found[query].after, -1), turn.get(query, -1)))
@@ -744,6 +742,12 @@ def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Itera
 def _known(tracer: NodePathTracer) -> list[str]:
     """The names of nodes, and, where they can be asked for as such, the paths of modules."""
     return [*tracer.names, *(tracer._returned if tracer._exact else ())]
+
+
+def _suggestions(names: Iterable[str], query: str) -> list[str]:
+    """The closest of the names and of their prefixes, best first."""
+    candidates = dict.fromkeys(prefix for name in names for prefix in _prefixes(name))
+    return difflib.get_close_matches(query, list(candidates), n=3)
 
 
 def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
@@ -1362,14 +1366,13 @@ def _main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
             code, text = _run(options)
         print(text, flush=True)
-    except KeyboardInterrupt:
+    except (BrokenPipeError, KeyboardInterrupt):  # whoever reads this has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 130
-    except BrokenPipeError:  # whoever read this has seen enough
-        sys.stdout, code = open(os.devnull, "w"), 0  # noqa: SIM115
     except (Exception, SystemExit) as error:  # the model is anybody's code: it may even exit
         if options.debug:
-            raise
-        parser.error(_explain(error))
+            traceback.print_exc()
+        parser.error(textwrap.shorten(_explain(error), 300, placeholder=" …"))
     for warning in caught:
         print("featx: warning:", " ".join(str(warning.message).split()), file=sys.stderr)
     return code
@@ -1378,32 +1381,28 @@ def _main(arguments: Sequence[str] | None = None) -> int:
 def _explain(error: BaseException) -> str:
     """What an error says to somebody who sees no Python."""
     if isinstance(error, NodeNameError):
-        closest = f" The closest: {', '.join(error.suggestions)}." if error.suggestions else ""
-        return f"no node of the {error.mode} graph is named {error.query!r}.{closest} Without queries all are listed."
+        closest = ", ".join(error.suggestions) or "none"
+        return f"the {error.mode} graph has no {error.query!r}; the closest: {closest}; without queries all are listed"
     if isinstance(error, UntraceableError):
-        return str(error).partition("\n")[0] + ("; --auto-leaf makes it one operation" if error.path else "")
-    text = str(error).partition("\n\nWhile executing")[0]  # what torch adds of its own
-    name = type(error).__name__
-    return text if isinstance(error, ValueError) and text else f"{name}: {text}" if text else name
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"featx: error: {textwrap.shorten(message, 300, placeholder=' …')}\n")
+        advice = "--auto-leaf makes it one operation" if error.path else "--debug shows the line"
+        return re.split(r"\. |\.?\n", str(error))[0] + f"; {advice}"
+    text = str(error) or "no text; --debug shows where it comes from"
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("featx", description="List the nodes of a model, or compute the values of some of them.")
+    about = "List the nodes of a model, or compute the values of some of them."
+    parser = argparse.ArgumentParser("featx", argparse.SUPPRESS, about)  # without a usage, an error is one line
+    parser.register("type", "JSON object", lambda text: dict(json.loads(text)))
+    parser.register("type", "list of sizes", lambda text: [int(size) for size in text.split(",")])
     add = parser.add_argument
     add("model", metavar="PACKAGE.MODULE:CALLABLE", help="what builds the model")
     add("queries", nargs="*", default=[], metavar="QUERY[=KEY]", help="what to compute; without any, list all nodes")
-    add("--kwargs", type=_json_object, default={}, metavar="JSON", help="arguments of the callable")
+    add("--kwargs", type="JSON object", default={}, metavar="JSON", help="arguments of the callable")
     add("--checkpoint", metavar="FILE", help="load this state dict (weights_only=True)")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--image", metavar="FILE", help="the input: a photograph, as torchvision's classifiers see it; needs pillow"
-    )
-    group.add_argument("--input", type=_shape, metavar="1,3,224,224", help="the input: random numbers in this shape")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--image", metavar="FILE", help="the input: a photograph, as torchvision's classifiers see it; needs pillow")
+    source("--input", type="list of sizes", metavar="1,3,224,224", help="the input: random numbers in this shape")
     add("--device", default="cpu", help="where to compute, such as cuda")
     add("--train", action="store_true", help="use train mode in place of eval mode")
     add("--exact", action="store_true", help="give what each module or operation itself returned")
@@ -1417,47 +1416,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f'takes a JSON object such as {{"num_classes": 10}}, not {text!r}') from None
-
-
-def _shape(text: str) -> list[int]:
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        raise argparse.ArgumentTypeError(f"takes sizes such as 1,3,224,224, not {text!r}")
-    return [int(size) for size in text.split(",")]
-
-
 def _run(options: argparse.Namespace) -> tuple[int, str]:
     """The exit code and what is to be printed."""
-    if options.check and (options.queries or options.json):
-        raise ValueError("--check compares all names and takes no queries and no --json")
+    if options.check is not None and options.queries:
+        raise ValueError("--check compares all names and takes no queries")
     if (options.save or options.plot) and not options.queries:
         raise ValueError("--save and --plot need at least one query")
     if (options.plot or (options.queries and not options.save)) and not (options.image or options.input):
         raise ValueError("computing features needs --image FILE or --input SHAPE")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*:\w+(\.\w+)*", options.model) or ".py:" in options.model:
+        raise ValueError(f"the model is given as PACKAGE.MODULE:CALLABLE, as in an import, not {options.model!r}")
+    module, _, attribute = options.model.partition(":")
     torch.manual_seed(0)  # for the weights of a model that is built without any
-    model = _build(options.model, options.kwargs)
+    model = operator.attrgetter(attribute)(importlib.import_module(module))(**options.kwargs)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{options.model} gives {type(model).__name__}, not a torch.nn.Module")
     if options.checkpoint:
         model.load_state_dict(torch.load(options.checkpoint, map_location="cpu", weights_only=True))
     model.to(options.device).train(options.train)
-    if options.check or (options.json and not options.queries):
-        return _names(model, options)
-    inputs = _read_image(options.image) if options.image else torch.rand(*options.input) if options.input else None
-    inputs = None if inputs is None else inputs.to(options.device)
-    return 0, (_features if options.queries else _table)(model, inputs, options)
+    if options.queries:
+        return 0, _features(model, options)
+    return _names(model, options) if options.json or options.check is not None else (0, _table(model, options))
 
 
-def _build(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    module, _, attribute = name.partition(":")
-    if not (module and attribute) or os.sep in module or module.endswith(".py"):
-        raise ValueError(f"the model is given as PACKAGE.MODULE:CALLABLE, as in an import, not {name!r}")
-    model = operator.attrgetter(attribute)(importlib.import_module(module))(**kwargs)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} gives {type(model).__name__}, not a torch.nn.Module")
-    return model
+def _values(extractor: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
+    """What an extractor gives for the input; nothing without one."""
+    if not (options.image or options.input):
+        return {}
+    given = _read_image(options.image) if options.image else torch.rand(options.input)
+    with torch.no_grad():
+        return dict(extractor(given.to(options.device)))
 
 
 def _read_image(path: str) -> torch.Tensor:
@@ -1477,31 +1465,31 @@ def _read_image(path: str) -> torch.Tensor:
     return ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
-def _features(model: nn.Module, inputs: torch.Tensor | None, options: argparse.Namespace) -> str:
+def _features(model: nn.Module, options: argparse.Namespace) -> str:
     """The features' keys, shapes, dtypes and statistics; saves the extractor and draws the features if asked to."""
     pairs = [given.partition("=")[::2] for given in options.queries]
-    return_nodes = {query: key or query for query, key in pairs}
-    if len(return_nodes) < len(pairs):
+    queries = {query: key or query for query, key in pairs}
+    if len(queries) < len(pairs):
         raise ValueError(f"a query was given twice: {', '.join(options.queries)}")
+    others = queries if options.save else []  # what is computed is of one mode, what is saved of both
+    train, evaluation = (queries, others) if options.train else (others, queries)
     extractor = create_feature_extractor(
-        model, return_nodes, suppress_diff_warning=True, exact=options.exact, auto_leaf=options.auto_leaf
+        model, None, train, evaluation, None, True, exact=options.exact, auto_leaf=options.auto_leaf
     )
-    if options.save:
-        torch.save(extractor, options.save)
-    if inputs is None:
-        return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
-    if not options.checkpoint and not options.kwargs:
-        _warn("without --checkpoint the weights are random, or those that the callable loads")
-    with torch.no_grad():
-        features = [item for key, value in extractor(inputs).items() for item in _items(key, value)]
+    features = [item for key, value in _values(extractor, options).items() for item in _items(key, value)]
     if options.plot:
         _plot(features, options.plot)
+    if options.save:
+        torch.save(extractor, options.save)
+    if not (options.checkpoint or options.kwargs.get("weights")):
+        print("featx: note: the weights are random, unless the callable loads some")  # to stderr, as all that it prints
     rows = [_statistics(key, value) for key, value in features]
     if options.json:
         return json.dumps(rows, indent=1)
-    columns = ("key", "value", "shape", "dtype", "mean", "std", "min", "max")
-    header = [column for column in columns if any(column in row for row in rows)]
-    return _align([header, *([_cell(row.get(column)) for column in header] for row in rows)])
+    if not rows:
+        return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return _align([columns, *([_cell(row.get(column)) for column in columns] for row in rows)])
 
 
 def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -1531,45 +1519,41 @@ def _cell(value: Any) -> str:
 
 
 def _plot(features: Sequence[tuple[str, Any]], path: str) -> None:
-    """Draw of each feature of the first input up to eight channels, or all of a matrix or a vector."""
+    """Draw each feature of the first input."""
     figures = importlib.import_module("matplotlib.figure")
-    tensors = {key: value for key, value in features if isinstance(value, torch.Tensor) and value.numel()}
-    drawn = [(key, _maps(value[0])) for key, value in tensors.items() if value.dim() > 1]
-    if not drawn:
-        raise ValueError("--plot has nothing to draw: no feature has a batch dimension and another one")
-    figure = figures.Figure(figsize=(9, 1.3 * len(drawn)))
-    grid = figure.add_gridspec(len(drawn), 8, 0.01, 0.01, 0.99, 1 - 0.2 / len(drawn), 0.08, 0.25)
-    for row, (key, maps) in enumerate(drawn):
-        for column, values in enumerate(maps):
-            axes = figure.add_subplot(grid[row, column] if len(maps) > 1 else grid[row, :])
-            axes.imshow(values, aspect="equal" if values.shape[0] == values.shape[1] else "auto")
-            axes.set_axis_off()
-            if column == 0:
-                axes.set_title(key, loc="left", fontsize=8, parse_math=False)
+    drawn = {key: _picture(value[0]) for key, value in features if isinstance(value, torch.Tensor)}
+    figure = figures.Figure(figsize=(9, 1.3 * len(drawn)), layout="constrained")
+    for axes, (key, picture) in zip(figure.subplots(len(drawn), squeeze=False).flat, drawn.items()):
+        axes.imshow(picture, aspect="auto")
+        axes.set_axis_off()
+        axes.set_title(key, loc="left", fontsize=8, parse_math=False)
     figure.savefig(path, dpi=150)
 
 
-def _maps(value: torch.Tensor) -> list[torch.Tensor]:
-    """Up to eight pictures of one input's feature: channels, the middle frame of a video, or all of a matrix."""
-    value = torch.atleast_2d(value.float().cpu().squeeze())  # type: ignore[no-untyped-call]
-    while value.dim() > 3:
+def _picture(value: torch.Tensor) -> torch.Tensor:
+    """One input's feature: all of a matrix or a vector, else eight channels side by side."""
+    value = torch.atleast_2d(value.float().cpu().squeeze(-1).squeeze(-1))  # type: ignore[no-untyped-call]
+    if value.dim() == 2:
+        return value
+    while value.dim() > 3:  # the middle frame of a video
         value = value[:, value.shape[1] // 2]
-    if value.dim() == 3 and value.shape[0] == value.shape[1] != value.shape[2]:  # as Swin's, whose channels come last
+    if value.shape[0] == value.shape[1] != value.shape[2]:  # as Swin's, whose channels come last
         value = value.permute(2, 0, 1)
-    return [value] if value.dim() == 2 else list(value[:8])
+    blank = (0, 1 + value.shape[2] // 16, 0, 0, 0, max(8 - len(value), 0))
+    return nn.functional.pad(value[:8], blank, value=math.nan).transpose(0, 1).flatten(1)
 
 
 def _names(model: nn.Module, options: argparse.Namespace) -> tuple[int, str]:
     """The names of both modes as JSON, or how they differ from those in a file."""
     expected: dict[str, Any] = {}
-    if options.check:
+    if options.check is not None:
         with open(options.check, encoding="utf-8-sig") as file, contextlib.suppress(ValueError):
             expected = json.load(file)
         if not isinstance(expected, dict) or not expected.keys() >= {"train", "eval"}:
             raise ValueError(f"{options.check} holds no names; --json writes such a file")
     exact = options.exact or bool(expected.get("exact"))
     names = get_graph_node_names(model, None, True, exact=exact, auto_leaf=options.auto_leaf)
-    if not options.check:
+    if options.check is None:
         return 0, json.dumps({"model": options.model, "exact": exact, **names._asdict()}, indent=1)
     lines: list[str] = []
     for mode, new in zip(names._fields, names):
@@ -1578,7 +1562,7 @@ def _names(model: nn.Module, options: argparse.Namespace) -> tuple[int, str]:
     return bool(lines), "\n".join(lines) or f"all names are those of {options.check}"
 
 
-def _table(model: nn.Module, inputs: torch.Tensor | None, options: argparse.Namespace) -> str:
+def _table(model: nn.Module, options: argparse.Namespace) -> str:
     """The nodes of a mode: name, operation, module class or function, shape where there is an input, notes."""
     mode, other = ("train", "eval") if options.train else ("eval", "train")
     with _unchanged(model) as restore:
@@ -1587,8 +1571,7 @@ def _table(model: nn.Module, inputs: torch.Tensor | None, options: argparse.Name
         features = {name: _Feature(node, node) for name, node in nodes.items()}
         hazards = _prune(tracers[mode], features, dict(zip(nodes, nodes)))
         extractor = DualGraphModule(model, graph, graph)
-    with torch.no_grad():
-        values = {} if inputs is None else extractor(inputs)
+    values = _values(extractor, options)
     others = set(tracers[other].names)
     rows = [("name", "operation", "target", "shape", "note")]
     for name, node in nodes.items():

@@ -58,7 +58,7 @@ def make(name: str) -> Dict[str, Any]:
     model = nets.build_on_meta(name).to("meta")
     with warnings.catch_warnings(), featx._unchanged(model) as restore:
         warnings.simplefilter("ignore")  # what torchvision's models warn of is not about names
-        tracers = featx._trace_both(restore, model)
+        tracers = featx._trace_both(restore, model, None, None, False, False)
         train, evaluation = (rows(model.train(mode == "train"), tracers[mode], x) for mode in ("train", "eval"))
     return {
         "$schema": "../schemas/zoo.json",
