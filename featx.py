@@ -25,9 +25,8 @@ How names are made:
 5. With ``exact=True`` the paths of all modules count as given out from the start. The first call of a module has its
    path as name, as it is; rules 3 and 4 name the others. Buffers are nodes.
 
-Names, values and keys are those of ``torchvision.models.feature_extraction``. featx differs where that returns
-something else than was asked for, runs more than is needed, crashes, or changes the caller's model; the README lists
-every difference.
+Names, values and keys are those of ``torchvision.models.feature_extraction``, but where that returns something else
+than was asked for, runs more than is needed, crashes, or changes the caller's model; the README lists each difference.
 """
 
 from __future__ import annotations
@@ -170,9 +169,9 @@ def get_graph_node_names(
             it, ``torchvision.ops``.
         suppress_diff_warning: do not warn when the two modes differ.
         concrete_args: values for arguments of ``forward`` that are fixed while tracing.
-        exact: name by rule 5 as well: the path of a module means that module. What tracing would
-            leave out, or make a constant, is refused (autocast, the grad mode, random numbers).
-        auto_leaf: where the forward of a submodule cannot be traced, make its class a leaf and try
+        exact: name by rule 5 as well: the path of a module means that module. A forward that draws
+            random numbers, or changes the grad mode or autocast, is not traceable.
+        auto_leaf: where the forward of a submodule is not traceable, make its class a leaf and try
             again; a warning lists the classes.
 
     Returns:
@@ -210,11 +209,9 @@ def create_feature_extractor(
     A query matches the names that equal it or begin with it and a dot; its value is that of the
     last such node. The query ``"output"``, where no node has that name, is the model's own output.
 
-    By default names and values are torchvision's, and a :class:`FeatureWarning` says where that
-    misleads: where the path of a module is the name of another node, where a module returns
-    something else than its last operation, where a later operation overwrites the value in place,
-    and where torch.fx leaves something out or makes it a constant. ``exact=True`` gives what each
-    module or operation returned in eager execution.
+    By default names and values are torchvision's, and a :class:`FeatureWarning` says where a feature
+    is something else than its query says, is overwritten in place, or is not what the model computes.
+    ``exact=True`` gives what each module or operation returned in eager execution, or raises an error.
 
     Args:
         model: any module that torch.fx can trace. It comes back as it was; the extractor shares
@@ -233,9 +230,8 @@ def create_feature_extractor(
     Raises:
         NodeNameError: a query matches no node.
         UntraceableError: torch.fx cannot trace the model.
-        ValueError: two queries have one key, the queries are given in no way or in two,
-            ``concrete_args`` has an argument that ``forward`` lacks, or a module whose output is asked
-            for returned an object that a graph cannot hold.
+        ValueError: two queries have one key, the queries are given in no way or in two, ``forward``
+            lacks one of ``concrete_args``, or what a module returned is nothing that a graph can hold.
         TypeError: an argument is something else than it should be.
 
     >>> extractor = create_feature_extractor(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), ["0", "output"])
@@ -551,7 +547,7 @@ def _trace(model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args
 
 
 def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether a module that has something inside can be traced, in the mode that it is in."""
+    """Whether a module that has something inside can be traced."""
     try:
         return any(model.children()) and bool(NodePathTracer(**arguments).trace(model).nodes)
     except Exception:
@@ -974,6 +970,7 @@ _VIEW_FUNCTIONS = frozenset(
     "alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum feature_alpha_dropout getitem"
     " meshgrid pos type_as".split()
 )
+_PLAIN_ATTRIBUTES = ("device", "dtype", "layout", "ndim", "requires_grad", "shape")  # which share no memory
 
 
 def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -988,6 +985,8 @@ def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> t
         writing, viewing = effect or (in_doubt or not node.users, True)
         return inputs * writing, inputs * viewing
     if node.op not in ("call_function", "call_method") or node.target in (*_ASSERTS, _clone):
+        return [], []
+    if node.target is getattr and node.args[1] in _PLAIN_ATTRIBUTES:
         return [], []
     if "out" in node.kwargs:
         return (_nodes_in(node.kwargs["out"]),) * 2
@@ -1066,9 +1065,8 @@ def _nodes_in(arguments: Any) -> list[fx.Node]:
 class DualGraphModule(fx.GraphModule):
     """A module with a graph for each mode; calling it runs the graph of the mode that it is in.
 
-    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So
-    everything follows the mode: ``train()`` and ``eval()`` of the module or of a parent, setting
-    ``training`` by hand, ``torch.compile``, ``torch.jit.script``, copies and pickles.
+    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So all
+    follows the mode, however it is set: ``torch.compile``, ``torch.jit.script``, copies and pickles.
 
     Args:
         root: the module from which the graphs' modules, parameters and buffers are taken; they are

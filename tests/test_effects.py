@@ -341,7 +341,8 @@ def test_a_trace_does_not_see_the_one_before() -> None:
     before = picture(model)
     names = featx.get_graph_node_names(model)
     assert names.train == names.eval
-    extractor = featx.create_feature_extractor(model, ["output"])
+    with pytest.warns(featx.FeatureWarning, match="computes from buffers"):
+        extractor = featx.create_feature_extractor(model, ["output"])
     assert nets.same(picture(model), before)
     assert model.seen == {"deep": [[]]}
     assert torch.equal(extractor(x)["output"], Caching()(x))

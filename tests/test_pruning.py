@@ -423,19 +423,6 @@ def test_a_write_into_several_outputs() -> None:
     assert torch.equal(features(model, ["output"], x)["output"], model(x))
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.aten, "_foreach_mul_"), reason="this torch has no such operator")
-def test_what_writes_into_the_tensors_of_a_list() -> None:
-    def forward(self: Any, x: Any) -> Any:
-        y = self.fc(x)
-        torch.ops.aten._foreach_mul_.Scalar([y], 2)
-        return y + 1
-
-    model, x = net(forward, fc=nn.Linear(4, 4)).requires_grad_(False), torch.rand(2, 4)
-    assert torch.equal(featx.create_feature_extractor(model, ["add"])(x)["add"], model(x))
-    features = featx.create_feature_extractor(model, ["fc", "add"], exact=True)(x)
-    assert torch.equal(features["fc"], model.fc(x))
-
-
 def test_what_sorts_a_list_only_reads_a_tensor() -> None:
     def forward(self: Any, x: Any) -> Any:
         y = self.fc(x)
