@@ -28,8 +28,8 @@ TOX = [line for line in COMMANDS if "tox" in line]
 
 def test_blocks_were_found() -> None:
     kinds = [kind for kind, _ in BLOCKS]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 5, "": 6, "console": 4, "yaml": 1}
-    assert len(COMMANDS) == 6
+    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 3, "": 4, "console": 3, "yaml": 1}
+    assert len(COMMANDS) == 5
 
 
 def run(pairs: List[Tuple[str, Tuple[str, str]]], namespace: Dict[str, Any]) -> None:
@@ -66,9 +66,10 @@ def test_commands_of_featx(command: str) -> None:
 
 
 def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
-    demo, tests, bench = TOX
+    demo, tests = TOX
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
-    assert (demo, bench) == (f"{tests} -e demo", f"{tests} -e bench")
+    assert demo == f"{tests} -e demo"
+    assert f"{tests} -e bench" in (ROOT / "benchmarks" / "README.md").read_text().splitlines()
     configuration = configparser.ConfigParser(interpolation=None)
     configuration.read(ROOT / "tox.ini")
     command = " ".join(configuration["testenv:demo"]["commands"].split())
