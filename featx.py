@@ -853,8 +853,6 @@ def _prune(tracer: NodePathTracer, features: dict[str, _Feature], keys: Mapping[
             else:
                 requested.add(place[node])
     staying = set(_staying(operations, requested, reads))
-    if tracer._exact:
-        operations = _describe(tracer, nodes, place, in_doubt=True)
     asked = reads.union(zip(requested, requested))
     changes = {
         (nodes[taken], nodes[after]): nodes[writer]
@@ -945,15 +943,13 @@ def _warn_hazards(train: dict[str, list[str]], evaluation: dict[str, list[str]])
 # ---- effects
 
 
-def _describe(
-    tracer: NodePathTracer, nodes: Sequence[fx.Node], place: Mapping[fx.Node, int], in_doubt: bool = False
-) -> list[_Operation]:
-    """What each node reads, writes and shares, as plain data; in doubt, what it only might write as well."""
+def _describe(tracer: NodePathTracer, nodes: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> list[_Operation]:
+    """What each node reads, writes and shares, as plain data."""
     fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node that fetches it
     operations = []
     for node in nodes:
         inputs = [place[taken] for taken in node.all_input_nodes]
-        writes, views = ([place[taken] for taken in effect] for effect in _effects(tracer, node, in_doubt))
+        writes, views = ([place[taken] for taken in effect] for effect in _effects(tracer, node))
         if node.op == "get_attr":
             views = [fetched.setdefault(node.target, place[node])]
         elif node.op == "call_module":  # it also reads its own parameters and buffers
@@ -973,16 +969,16 @@ _VIEW_FUNCTIONS = frozenset(
 _PLAIN_ATTRIBUTES = ("device", "dtype", "layout", "ndim", "requires_grad", "shape")  # which share no memory
 
 
-def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> tuple[list[fx.Node], list[fx.Node]]:
+def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The inputs into whose memory a node writes, and those that its value may share memory with.
 
     Torch's own operations do what torch declares. Of anything else it is believed that it writes if
-    nobody takes its value or a part of it works in place; in doubt it writes.
+    nobody takes its value or a part of it works in place; if the tracer is exact, it always writes.
     """
     inputs = node.all_input_nodes
     if node.op == "call_module":
-        effect = _module_effect(_at(tracer.root, str(node.target)), tracer._training or in_doubt)
-        writing, viewing = effect or (in_doubt or not node.users, True)
+        effect = _module_effect(_at(tracer.root, str(node.target)), tracer._training or tracer._exact)
+        writing, viewing = effect or (tracer._exact or not node.users, True)
         return inputs * writing, inputs * viewing
     if node.op not in ("call_function", "call_method") or node.target in (*_ASSERTS, _clone):
         return [], []
@@ -997,7 +993,7 @@ def _effects(tracer: NodePathTracer, node: fx.Node, in_doubt: bool = False) -> t
     packet = getattr(node.target, "overloadpacket", node.target)
     aliases = _aliases(getattr(packet, "_qualified_op_name", f"aten::{name}"))
     if not _is_torchs(node.target):
-        return inputs if in_doubt or not node.users else [], inputs
+        return inputs if tracer._exact or not node.users else [], inputs
     if aliases is None or name in _VIEW_FUNCTIONS:
         return [], inputs
     arguments: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}

@@ -32,7 +32,7 @@ def pinned(environment: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_the_readme_has_the_versions_of_tox(environment: str) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| `tox run -e {environment}` \| (\S+) \| (\S+) \| (\S+) \|", readme, re.MULTILINE)
     assert dict(zip(("python", "torch", "torchvision"), row)) == pinned(environment)
 
