@@ -92,8 +92,8 @@ class NodeNameError(ValueError):
     Attributes:
         query: what was asked for.
         mode: ``"train"`` or ``"eval"``, the mode whose graph lacks it.
-        suggestions: the closest names, best first; may be empty.
-        hint: why it may have been expected to match, and what to do; may be empty.
+        suggestions: the closest names, best first.
+        hint: why it may have been expected to match, and what to do, or ``""``.
     """
 
     def __init__(self, query: str, mode: str, suggestions: Sequence[str] = (), hint: str = "") -> None:
@@ -180,7 +180,7 @@ def get_graph_node_names(
     Raises:
         UntraceableError: torch.fx cannot trace the model.
         ValueError: ``concrete_args`` has an argument that ``forward`` lacks.
-        TypeError: ``model``, ``tracer_kwargs`` or ``concrete_args`` is something else than it should be.
+        TypeError: an argument is something else than it should be.
 
     >>> get_graph_node_names(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())).train
     ['input', '0', '1']
@@ -252,7 +252,7 @@ def create_feature_extractor(
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
     _warn_hazards(*hazards)
-    _warn_baked(tracers, features)
+    _warn_baked(tracers)
     return extractor
 
 
@@ -318,7 +318,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._exact = exact
         self._namer = _Namer()
         self._returned: dict[str, _Feature] = {}  # the first call of a module -> what it returned
-        self._baked: dict[Any, dict[str, str]] = {}  # node -> what tracing loses of it -> the warning
+        self._baked: dict[Any, dict[str, str]] = {}  # node -> the warnings of what tracing loses
 
     @property
     def names(self) -> list[str]:
@@ -330,16 +330,16 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._training = getattr(root, "training", False)
         if self._exact and isinstance(root, nn.Module):
             self._namer = _Namer(path for path, _ in root.named_modules(remove_duplicate=False) if path)
-        self._watch = _Watch(self)
-        with _Patcher() as patcher, self._watch:
-            for block in (torch.enable_grad, torch.set_grad_enabled):  # where gradients are enabled no state shows it
-                patcher.patch_method(block, "__enter__", self._watch.noting(block.__enter__))
+        watch = self._watch = _Watch(self)
+        with _Patcher() as patcher, watch:
+            for kind in (torch.enable_grad, torch.set_grad_enabled):  # where gradients are enabled no state shows it
+                patcher.patch_method(kind, "__enter__", lambda block, enter=kind.__enter__: watch.enter(enter, block))
             if "forward" in vars(root):
                 code = getattr(root.forward, "__code__", None)
                 where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
-                self._watch.next = self._watch.bake(_REPLACED.format(where))
+                watch.next = watch.bake(_REPLACED.format(where))
             graph = super().trace(root, concrete_args)
-        self._baked[next(iter(reversed(graph.nodes)))] = self._watch.next
+        self._baked[next(iter(reversed(graph.nodes)))] = watch.next
         return graph
 
     def call_module(
@@ -368,7 +368,7 @@ class NodePathTracer(LeafModuleAwareTracer):
             self.current_module_qualname = outer
 
     def _as_returned(self, value: Any) -> _Feature:
-        """What a module returned, as it is now: the model may go on to change it."""
+        """What a module returned, as it is now."""
         try:
             value = self.create_arg(value) if self._exact or type(value) is fx.Proxy else None
         except Exception as error:  # the classes of what is returned are anybody's
@@ -385,13 +385,13 @@ class NodePathTracer(LeafModuleAwareTracer):
         return value
 
     def create_arg(self, a: Any) -> Any:
-        """Turn what an operation was called with into arguments of a node."""
+        """Make of a value an argument of a node."""
         kind = type(a)
-        if kind is fx.Proxy:  # by far the most; torch.fx asks a dozen questions before it comes to these
+        if kind is fx.Proxy:  # by far the most
             return a.node
         if kind is tuple:
             return tuple([self.create_arg(item) for item in a])
-        if kind in _PLAIN_TYPES or (kind is dict and not a):
+        if kind in (bool, float, int, str, type(None)) or (kind is dict and not a):
             return a
         argument = super().create_arg(a)
         if id(a) in self._watch.made:
@@ -399,8 +399,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         return argument
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Give the node of an operation a name."""
-        if isinstance(node.type, str):  # as under "from __future__ import annotations"; torch.fx takes it for a value
+        """Name the node of an operation."""
+        if isinstance(node.type, str):  # of which torch.fx makes a value
             node.type = None
         watch = self._watch
         watch.look()
@@ -410,8 +410,6 @@ class NodePathTracer(LeafModuleAwareTracer):
         self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
         return super().proxy(node)
 
-
-_PLAIN_TYPES = frozenset([bool, float, int, str, type(None)])
 
 # What tracing leaves out, or makes a constant of.
 _AUTOCAST = "runs a part under torch.autocast, which tracing leaves out"
@@ -424,16 +422,16 @@ _REPLACED = "was replaced on the instance{}, which tracing ignores, but not in n
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees in a forward, in its own thread, what torch.fx does not record: blocks, and computing without proxies.
 
-    That is a warning for the nodes that depend on it, or, if the tracer is exact, an error.
+    If the tracer is exact, that is an error, else a warning for the nodes that depend on it, as kind -> text.
     """
 
     def __init__(self, tracer: NodePathTracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer, self.thread = tracer, threading.get_ident()
         self.start = self.state = _modes()
-        self.blocks: dict[str, str] = {}  # the warnings for each node while a block is open
-        self.next: dict[str, str] = {}  # those for the node that comes next
-        self.made: dict[int, tuple[torch.Tensor, dict[str, str]]] = {}  # id of a tensor -> it, those for who takes it
+        self.blocks: dict[str, str] = {}  # for each node while a block is open
+        self.next: dict[str, str] = {}  # for the node that comes next
+        self.made: dict[int, tuple[torch.Tensor, dict[str, str]]] = {}  # id of a tensor -> it, and for who takes it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -453,19 +451,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif id(tensor) in self.buffers:
                 baked = {**baked, **self.bake(_BUFFERS)}
         made = _tensors(value)
+        if func._schema.is_mutable:  # through a view into what it is a view of
+            made += [tensor._base for tensor in made if tensor._base is not None]
         self.made.update({id(tensor): (tensor, baked) for tensor in made if baked})
         self.next.update({} if made else baked)  # a number may decide which way the code goes
         return value
 
-    def noting(self, enter: Callable[..., Any]) -> Callable[..., Any]:
-        """The ``__enter__`` of a block that changes the grad mode, noted for the node that comes next."""
-
-        def noted(block: Any) -> Any:
-            if threading.get_ident() == self.thread:
-                self.next.update(self.bake(_GRAD_MODE))
-            return enter(block)
-
-        return noted
+    def enter(self, enter: Callable[..., Any], block: Any) -> Any:
+        """Enter a block that changes the grad mode."""
+        if threading.get_ident() == self.thread:
+            self.next.update(self.bake(_GRAD_MODE))
+        return enter(block)
 
     def look(self) -> None:
         """See which blocks are open."""
@@ -476,7 +472,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.blocks.update(self.bake(what) if now != start else {})
 
     def bake(self, what: str) -> dict[str, str]:
-        """The warning of what the forward that runs does; refused if the tracer is exact."""
+        """The warning of what the forward that runs does; if the tracer is exact, an error."""
         if self.tracer._exact:
             raise fx.proxy.TraceError(f"its forward {what}")
         path = self.tracer.current_module_qualname
@@ -486,7 +482,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _modes() -> tuple[int, bool]:
-    """How deep in blocks of autocast this thread is, and whether gradients are enabled."""
+    """How many blocks of autocast are open, and whether gradients are enabled."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
 
@@ -495,12 +491,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [item for item in tree_flatten(value)[0] if isinstance(item, torch.Tensor)]
 
 
-def _warn_baked(tracers: Mapping[str, NodePathTracer], features: Mapping[str, Mapping[str, _Feature]]) -> None:
+def _warn_baked(tracers: Mapping[str, NodePathTracer]) -> None:
     """Warn once of each kind of what tracing lost of the nodes that stay."""
     found: dict[str, str] = {}
-    for mode, tracer in tracers.items():
-        for node in [*tracer.graph.nodes, *(feature.after for feature in features[mode].values())]:
-            found = {**tracer._baked.get(node, {}), **found}
+    for lost in itertools.chain.from_iterable(tracer._baked.values() for tracer in tracers.values()):
+        found = {**lost, **found}
     for message in found.values():
         _warn(message, FeatureWarning)
 
@@ -508,7 +503,7 @@ def _warn_baked(tracers: Mapping[str, NodePathTracer], features: Mapping[str, Ma
 def _trace_both(
     restore: Callable[..., None], model: nn.Module, tracer_kwargs: Any, concrete_args: Any, exact: bool, auto_leaf: bool
 ) -> dict[str, NodePathTracer]:
-    """Trace in train mode and in eval mode; tensors and modules that a forward makes stay on the model."""
+    """Trace in both modes; tensors and modules that a forward makes stay on the model."""
     arguments = {"exact": exact, **_tracer_arguments(tracer_kwargs)}
     _check_concrete_args(model, concrete_args)
     leaves: list[type[nn.Module]] = []
@@ -549,32 +544,29 @@ def _trace(model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args
 def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a module that has something inside can be traced."""
     try:
-        return any(model.children()) and bool(NodePathTracer(**arguments).trace(model).nodes)
+        NodePathTracer(**arguments).trace(model)
+        return any(model.children())
     except Exception:
         return False
 
 
 def _tracer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The caller's ``tracer_kwargs`` with the defaults added; nothing of the caller's is written to."""
-    # torchvision's operators are single operations wherever torchvision is in use, as they are there.
-    ops = sys.modules.get("torchvision.ops")
-    classes = [value for value in vars(ops).values() if inspect.isclass(value)] if ops else []
-    defaults: dict[str, list[Any]] = {
-        "leaf_modules": [cls for cls in classes if issubclass(cls, nn.Module)],
-        "non_leaf_modules": [],
-        "autowrap_modules": [math, ops] if ops else [math],
-    }
     arguments = {**(given or {})}
-    for name, default in defaults.items():
+    # As in torchvision, where it is in use.
+    ops = sys.modules.get("torchvision.ops")
+    leaves = [cls for cls in vars(ops).values() if inspect.isclass(cls) and issubclass(cls, nn.Module)] if ops else []
+    arguments["autowrap_modules"] = (math, *([ops] if ops else []), *arguments.get("autowrap_modules", ()))
+    for name, default in (("leaf_modules", leaves), ("non_leaf_modules", [])):
         added = arguments.get(name, ())
         arguments[name] = (*default, *(added if isinstance(added, Iterable) else [added]))
-        if name != "autowrap_modules" and not all(map(inspect.isclass, arguments[name])):
+        if not all(map(inspect.isclass, arguments[name])):
             raise TypeError(f"tracer_kwargs[{name!r}] takes a list of classes, not {added!r}")
     return arguments
 
 
 def _check_concrete_args(model: nn.Module, concrete_args: Mapping[str, Any] | None) -> None:
-    """Refuse arguments that ``forward`` lacks, and values for which torch.fx would change the signature."""
+    """Refuse what ``forward`` lacks, and values for which torch.fx would change the signature."""
     known = list(inspect.signature(type(model).forward).parameters)[1:]
     for name, value in {**(concrete_args or {})}.items():
         if str(name).lstrip("*") not in known:
@@ -585,9 +577,9 @@ def _check_concrete_args(model: nn.Module, concrete_args: Mapping[str, Any] | No
 
 def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
     """Where in the model's source something is: the first of these lines outside torch and this file."""
-    torch_files = os.path.dirname(torch.__file__) + os.sep
-    for code, line in ((frame.f_code, line) for frame, line in frames):
-        if code.co_filename != _source_line.__code__.co_filename and not code.co_filename.startswith(torch_files):
+    for frame, line in frames:
+        module, code = frame.f_globals.get("__name__", ""), frame.f_code
+        if module != __name__ and module.split(".")[0] != "torch":
             text = linecache.getline(code.co_filename, line).strip()
             return f'\n  File "{code.co_filename}", line {line}, in {code.co_name}\n    {text}'
     return ""
@@ -600,8 +592,8 @@ def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathT
         return
     said = []
     for mode, names, others in (("train", train, set(evaluation)), ("eval", evaluation, set(train))):
-        only = [name for name in names if name not in others]
-        said += [f"only in {mode} mode: {textwrap.shorten(', '.join(only), 200, placeholder=' …')}"] if only else []
+        only = ", ".join(name for name in names if name not in others)
+        said += [f"only in {mode} mode: {textwrap.shorten(only, 200, placeholder=' …')}"] if only else []
     _warn(
         f"the train graph and the eval graph differ: {'; '.join(said) or 'the order of the nodes'}. A query without a"
         " match in one of them needs train_return_nodes and eval_return_nodes; suppress_diff_warning=True silences it."
@@ -609,7 +601,7 @@ def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathT
 
 
 def _warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called the public function whose helper calls this."""
+    """Warn at the line that called the public function."""
     warnings.warn(message, category, stacklevel=4)
 
 
@@ -637,9 +629,6 @@ class _Namer:
         >>> namer = _Namer()
         >>> [namer.name("layer1.0", own) for own in ("relu_4", "add_2", "relu_5")]
         ['layer1.0.relu', 'layer1.0.add', 'layer1.0.relu_1']
-        >>> namer = _Namer(["ln_1", "relu"])
-        >>> [namer.name(scope, own) for scope, own in (("", "relu"), ("ln_1", None), ("relu", None))]
-        ['relu_1', 'ln_1', 'relu']
         """
         place = scope if own is None else f"{scope}.{own}" if scope else own
         if own is None and place in self._uncalled:
@@ -674,9 +663,8 @@ def _split_number(name: str) -> tuple[str, int | None]:
 def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[str, str]]:
     if (both is None) == (train is None) or (train is None) != (evaluation is None):
         raise ValueError("pass either return_nodes, or both train_return_nodes and eval_return_nodes")
-    if both is not None:
-        return dict.fromkeys(("train", "eval"), _as_mapping(both))
-    return {"train": _as_mapping(train), "eval": _as_mapping(evaluation)}
+    given = {"train": train, "eval": evaluation} if both is None else {"train": both, "eval": both}
+    return {mode: _as_mapping(queries) for mode, queries in given.items()}
 
 
 def _as_mapping(queries: Any) -> dict[str, str]:
@@ -695,11 +683,7 @@ def _as_mapping(queries: Any) -> dict[str, str]:
 
 
 def _select(names: Sequence[str], queries: Iterable[str]) -> dict[str, int]:
-    """The position of the last name that equals a query or lies below it, for each query that has one.
-
-    >>> _select(["x", "layer1.conv", "layer1.relu", "fc"], ["layer1", "fc", "lay"])
-    {'layer1': 2, 'fc': 3}
-    """
+    """The position of the last name that equals a query or lies below it, for each query that has one."""
     last = {prefix: position for position, name in enumerate(names) for prefix in _prefixes(name)}
     return {query: last[query] for query in queries if query in last}
 
@@ -736,7 +720,7 @@ def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Itera
 
 
 def _known(tracer: NodePathTracer) -> list[str]:
-    """The names of nodes, and, where they can be asked for as such, the paths of modules."""
+    """The names of nodes and, if exact, of modules."""
     return [*tracer.names, *(tracer._returned if tracer._exact else ())]
 
 
@@ -754,11 +738,11 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     modules = dict(tracer.root.named_modules(remove_duplicate=False))
     leaves = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
     if query in leaves:
-        return "The call of this module has another name; exact=True gives what it returned."
+        return "Its call has another name; exact=True gives what it returned."
     for path in leaves.intersection(_prefixes(query)):
         leaf = type(modules[path]).__name__
         opened = f"tracer_kwargs={{'non_leaf_modules': [{leaf}]}} opens it."
-        return f"It lies inside the leaf module {path!r} ({leaf}), which is one operation; {opened}"
+        return f"It lies inside the leaf module {path!r} ({leaf}); {opened}"
     return f"It is a module of the model in which no operation runs in {mode} mode." * (query in modules)
 
 
@@ -858,23 +842,17 @@ def _prune(tracer: NodePathTracer, features: dict[str, _Feature], keys: Mapping[
         (nodes[taken], nodes[after]): nodes[writer]
         for (taken, after), writer in _overwritten(operations, sorted(staying), asked).items()
     }
+    tracer._baked = {node: lost for node, lost in tracer._baked.items() if place[node] in staying}
     hazards = {} if tracer._exact else _hazards(tracer, features, changes)
     clones = {read: _clone_after(graph, *read) for read in changes} if tracer._exact else {}
     for position in reversed(range(len(nodes))):
         if nodes[position].op == "output" or position not in staying:
             graph.erase_node(nodes[position])
-    _return(graph, features, keys, clones)
-    return hazards
-
-
-def _return(
-    graph: fx.Graph, features: dict[str, _Feature], keys: Mapping[str, str], clones: Mapping[Any, fx.Node]
-) -> None:
-    """Make the features the output of a graph."""
     values = {}
     for query, (value, after) in features.items():
         values[keys[query]] = map_arg(value, lambda node: clones.get((node, after), node))  # noqa: B023
     graph.output(values)
+    return hazards
 
 
 def _clone_after(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
@@ -886,14 +864,14 @@ def _clone_after(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:  # TorchScript takes what has no type for a tensor
-    """What a feature is before it is overwritten; of nested values, all tensors."""
-    return value.clone() if is_scripting() or isinstance(value, torch.Tensor) else _clone_nested(value)
+    """What is kept of a value that is overwritten later: of nested ones, all tensors."""
+    return value.clone() if is_scripting() else _clone_nested(value)
 
 
 def _clone_nested(value: Any) -> Any:
-    if isinstance(value, fx.Proxy):  # an extractor is traced again
-        return value.tracer.create_proxy("call_function", _clone, (value,), {})
-    return tree_map(lambda item: item.clone() if isinstance(item, torch.Tensor) else item, value)
+    kinds = (torch.Tensor, fx.Proxy)  # which stands for a tensor where an extractor is traced again
+    clone = tree_map(lambda item: item.clone() if isinstance(item, kinds) else item, value)
+    return value if isinstance(value, torch.Size) else clone
 
 
 # ---- hazards
@@ -902,32 +880,33 @@ def _clone_nested(value: Any) -> Any:
 def _hazards(
     tracer: NodePathTracer, features: dict[str, _Feature], changes: Mapping[Any, fx.Node]
 ) -> dict[str, list[str]]:
-    """By query, where a value is not what the query says; a change is (node, after) -> what changes it."""
+    """By query, where a value is not what the query says; changes are (node, after) -> what changes it."""
     hazards: dict[str, list[str]] = collections.defaultdict(list)
     for query, feature in features.items():
         if _misleads(tracer, query, feature.value):
             really = _described(tracer, feature.value, query)
             hazards[query].append(f"is the value of {really}, not what the module {query!r} returns")
-        writers = [changes.get((node, feature.after)) for node in _nodes_in(feature.value)]
-        for writer in [*filter(None, writers)][:1]:
-            hazards[query].append(f"is overwritten in place by {_described(tracer, writer)}")
+        pairs = [(node, feature.after) for node in _nodes_in(feature.value)]
+        writers = [changes[pair] for pair in pairs if pair in changes]
+        if writers:
+            hazards[query].append(f"is overwritten in place by {_described(tracer, writers[0])}")
     return hazards
 
 
 def _misleads(tracer: NodePathTracer, query: str, node: Any) -> bool:
     """Whether a node is not the value of the module whose path its query is."""
+    if not isinstance(node, fx.Node):
+        return False
     returned = tracer._returned.get(query)
     if returned is None:  # the module is not called, or under another path
-        named = not isinstance(node, fx.Node) or tracer.node_to_qualname.get(node) == query
-        return named and bool(query) and query in dict(tracer.root.named_modules(remove_duplicate=False))
+        named = tracer.node_to_qualname.get(node) == query
+        return named and query in dict(tracer.root.named_modules(remove_duplicate=False))
     # An operation in place gives back what it wrote into, so a module that ends with one returns either of two nodes.
-    same = isinstance(node, fx.Node) and node is returned.after and returned.value in _effects(tracer, node)[0]
+    same = node is returned.after and returned.value in _effects(tracer, node)[0]
     return returned.value is not node and not same
 
 
-def _described(tracer: NodePathTracer, node: Any, query: str = "") -> str:
-    if not isinstance(node, fx.Node):
-        return "the model's own output"
+def _described(tracer: NodePathTracer, node: fx.Node, query: str = "") -> str:
     if node.op == "call_module":
         return f"{'a later call of ' * (node.target == query)}the module {str(node.target)!r}"
     return f"the operation {tracer.node_to_qualname.get(node, node.name)!r}"
@@ -963,10 +942,8 @@ _ASSERTS = (torch._assert, _assert_is_none)
 # What can return its input, or a view of it, though torch's schemas do not say so.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
-    "alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum feature_alpha_dropout getitem"
-    " meshgrid pos type_as".split()
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos type_as".split()
 )
-_PLAIN_ATTRIBUTES = ("device", "dtype", "layout", "ndim", "requires_grad", "shape")  # which share no memory
 
 
 def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -982,18 +959,21 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
         return inputs * writing, inputs * viewing
     if node.op not in ("call_function", "call_method") or node.target in (*_ASSERTS, _clone):
         return [], []
-    if node.target is getattr and node.args[1] in _PLAIN_ATTRIBUTES:
-        return [], []
     if "out" in node.kwargs:
         return (_nodes_in(node.kwargs["out"]),) * 2
+    library = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]  # methods are a tensor's
+    if library == "_operator" and node.target not in (operator.getitem, operator.pos):
+        return [], []
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if (name.endswith("_") and not name.endswith("__")) or _is_told_inplace(node):
+    parameters = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
+    told = {**dict(zip(parameters, node.args)), **node.kwargs}.get("inplace") is True
+    if told or (name.endswith("_") and not name.endswith("__")):
         written = _nodes_in(node.args[:1]) or inputs
         return written, written
+    if not isinstance(node.target, str) and library not in ("torch", "_operator", "math", "builtins"):
+        return inputs if tracer._exact or not node.users else [], inputs
     packet = getattr(node.target, "overloadpacket", node.target)
     aliases = _aliases(getattr(packet, "_qualified_op_name", f"aten::{name}"))
-    if not _is_torchs(node.target):
-        return inputs if tracer._exact or not node.users else [], inputs
     if aliases is None or name in _VIEW_FUNCTIONS:
         return [], inputs
     arguments: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
@@ -1018,23 +998,11 @@ def _module_effect(module: nn.Module, training: bool) -> tuple[bool, bool] | Non
     return (True, True) if any(getattr(part, "inplace", None) is True for part in module.modules()) else None
 
 
-def _is_torchs(target: Any) -> bool:
-    """Whether a function or method is torch's or Python's own, none of which writes unless it says so."""
-    module = str(getattr(target, "__module__", None) or "torch")
-    return isinstance(target, str) or module.split(".")[0] in ("torch", "_operator", "math", "builtins")
-
-
-def _is_told_inplace(node: fx.Node) -> bool:
-    """Whether a function is called with True for its parameter ``inplace``."""
-    parameters = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
-    return {**dict(zip(parameters, node.args)), **node.kwargs}.get("inplace") is True
-
-
 @functools.lru_cache(maxsize=None)
 def _aliases(operator_name: str) -> tuple[frozenset[Any], frozenset[Any]] | None:
-    """The arguments that an operator writes to and those it may return a view of, by position and by name.
+    """By position and by name, the arguments that an operator writes to, and those it may return a view of.
 
-    From the schemas that torch declares for all overloads; None where there are none.
+    From the schemas that torch declares; None where there are none.
     """
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
     writes: set[Any] = set()
@@ -1081,11 +1049,10 @@ class DualGraphModule(fx.GraphModule):
     def __init__(
         self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, class_name: str = "GraphModule"
     ) -> None:
-        # fx.GraphModule's own __init__ knows one graph; everything that it sets up is set up here.
+        # fx.GraphModule's own __init__ knows one graph; what it sets up is set up here.
         nn.Module.__init__(self)
         type(self).__name__ = class_name
         self.meta: dict[str, Any] = {}
-        self._tracer_cls = None
         self.training = root.training
         self.train_graph, self.eval_graph = train_graph, eval_graph
         for node in itertools.chain(train_graph.nodes, eval_graph.nodes):
@@ -1124,22 +1091,18 @@ class DualGraphModule(fx.GraphModule):
         return self._featx_codes[not self.training]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles: both modes, or, where that fails, the active one."""
-        if self._featx_codes[0] == self._featx_codes[1]:
-            return self
+        """What ``torch.jit.script`` compiles: both modes or, where that fails, the active one."""
         with contextlib.suppress(RuntimeError):
             create_script_module(self, infer_methods_to_compile)  # type: ignore[no-untyped-call]
             return self
-        mode = "train" if self.training else "eval"
-        _warn(f"TorchScript gets the {mode} mode only: it cannot compile both together")
+        _warn(f"TorchScript cannot compile both modes, and gets the {'train' if self.training else 'eval'} mode only")
         one = copy.copy(self)
         one.train_graph = one.eval_graph = one.graph
         one.recompile()
         return one
 
     def __getstate__(self) -> dict[str, Any]:
-        # The last is what nn.Module.compile() made of this module, and would run this one in a copy.
-        skipped = ("_featx_codes", "_compiled_call_impl")
+        skipped = ("_featx_codes", "_compiled_call_impl")  # nn.Module.compile() made this, for this module
         state = {name: value for name, value in vars(self).items() if name not in skipped}
         state.update({name: copy.copy(value) for name, value in state.items() if isinstance(value, dict)})
         graphs = {"train_graph": _pack(self.train_graph), "eval_graph": _pack(self.eval_graph)}
@@ -1152,22 +1115,22 @@ class DualGraphModule(fx.GraphModule):
         self.recompile()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Each instance has a class of its own, made by fx.GraphModule; below it is the real one.
+        # Each instance has a class of its own; below it is the real one.
         return fx.GraphModule.__new__, (type(self).__mro__[1],), self.__getstate__()
 
     __copy__ = __deepcopy__ = None  # type: ignore[assignment]  # fx.GraphModule's know one graph; copy goes by __reduce__
 
 
 def _share(root: nn.Module, new: nn.Module, target: str) -> None:
-    """Put what lies at the path ``target`` of ``root`` at the same path of ``new``."""
+    """Put what lies at a path of ``root`` at the same path of ``new``."""
     *path, name = target.split(".")
     value = _at(root, target)
     for part in path:
         root, parent = _at(root, part), new
         if parent._modules.get(part) is root:
-            return  # a leaf that is there already holds the target
+            return  # a leaf that holds it
         if part not in parent._modules:
-            parent._modules[part] = nn.Module()  # stands for a container, which is not called itself
+            parent._modules[part] = nn.Module()  # for a container, which is not called
             parent._modules[part].training = root.training  # type: ignore[union-attr]
         new = parent._modules[part]  # type: ignore[assignment]
     if isinstance(value, nn.Module):
@@ -1189,18 +1152,13 @@ def _at(root: nn.Module, target: str) -> Any:
 
 
 class _Code(NamedTuple):
-    """Code of a method.
-
-    In what runs, modules are looked up in dicts: that takes a tenth of the time of ``nn.Module.__getattr__``.
-    """
-
     src: str  # what is shown, torch.fx's own
-    run: str  # what runs, line by line the same
+    run: str  # what runs, line by line the same, but by dicts: in a tenth of the time of nn.Module.__getattr__
     globals: dict[str, Any]
 
 
 def _generate(graph: fx.Graph) -> _Code:
-    """The code of a graph, in which a path is never more than a path, whatever its characters are."""
+    """The code of a graph, in which a path is never more than a path."""
     fetching = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
     targets = [str(node.target) for node in fetching]
     try:
@@ -1212,19 +1170,18 @@ def _generate(graph: fx.Graph) -> _Code:
             node.target = target
 
     def written(in_dicts: bool) -> str:
-        fetches = [_fetch(node.op, target, in_dicts) for node, target in zip(fetching, targets)]
-        return re.sub(r"self\._featx_(\d+)_", lambda match: fetches[int(match[1])], code.src)
+        return re.sub(r"self\._featx_(\d+)_", lambda match: _fetch(fetching[int(match[1])], in_dicts), code.src)
 
     return _Code(written(in_dicts=False), written(in_dicts=True), code.globals)
 
 
-def _fetch(op: str, target: str, in_dicts: bool) -> str:
+def _fetch(node: fx.Node, in_dicts: bool) -> str:
     """An expression for what lies at a path."""
-    *path, name = target.split(".")
+    *path, name = str(node.target).split(".")
     if not in_dicts:
         return functools.reduce(_attribute, [*path, name], "self")
     source = "self" + "".join(f"._modules[{part!r}]" for part in path)
-    return f"{source}._modules[{name!r}]" if op == "call_module" else _attribute(source, name)
+    return f"{source}._modules[{name!r}]" if node.op == "call_module" else _attribute(source, name)
 
 
 def _attribute(source: str, name: str) -> str:
@@ -1233,7 +1190,7 @@ def _attribute(source: str, name: str) -> str:
 
 
 def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
-    """The code of a ``forward`` that picks the method of the mode; graph and code are those of one."""
+    """A ``forward`` that picks the method of the mode; graph and code are those of one."""
     head = next(line for line in code.src.splitlines() if line.startswith("def "))
     call = ", ".join(str(node.target) for node in graph.nodes if node.op == "placeholder")
     body = f"    if self.training:\n        return self._featx_train({call})\n    return self._featx_eval({call})"
@@ -1244,10 +1201,7 @@ _file_numbers = itertools.count()
 
 
 def _define(module: DualGraphModule, method: str, code: _Code) -> None:
-    """Make the ``forward`` of a source a method of the module's own class.
-
-    Tracebacks and TorchScript find the source that is shown, while the module lives.
-    """
+    """Make code a method of the module's own class; while the module lives, tracebacks find what is shown."""
     filename = f"<featx {next(_file_numbers)}>"
     shown, run = (source.replace("def forward(", f"def {method}(", 1) for source in (code.src, code.run))
     linecache.cache[filename] = (len(shown), None, shown.splitlines(True), filename)
@@ -1262,11 +1216,11 @@ class _Reference(str):
 
 
 def _pack(graph: fx.Graph) -> tuple[Any, ...]:
-    """A graph as plain data that can be copied and pickled; torch's own way keeps one mode only."""
+    """A graph as plain data that can be copied and pickled."""
     nodes: list[Any] = []
     for node in graph.nodes:
         target, arguments = node.target, map_arg((node.args, node.kwargs), lambda taken: _Reference(taken.name))
-        with contextlib.suppress(Exception):  # pickle itself cannot find all of torch's functions
+        with contextlib.suppress(Exception):  # pickle cannot find all of torch's functions
             name = _get_qualified_name(target).partition("torch.")[2]
             target = _Reference(name) if operator.attrgetter(name)(torch) is target else target
         nodes.append((node.op, target, arguments, node.name, node.type, node.meta))
@@ -1291,19 +1245,12 @@ _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the w
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
-    """Leave the model and torch's random state as they were, whatever happens inside.
-
-    Gives a function that already restores the model's modes and attributes in between.
-    """
+    """Leave the model and the CPU's random state as they were; gives what restores modes and attributes in between."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
     with _tracing, torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undo:
-        mha = getattr(torch.backends, "mha", None)  # where torch (2.5, not 2.2) lets one choose:
-        if mha is not None and mha.get_fastpath_enabled():  # the slow way of attention is the one that can be traced
-            undo.callback(mha.set_fastpath_enabled, True)
-            mha.set_fastpath_enabled(False)
         for buffer in model.buffers():
-            with contextlib.suppress(RuntimeError, ValueError):  # of lazy ones, and of types that have no copy
+            with contextlib.suppress(RuntimeError, ValueError):  # of lazy ones, and types without a copy
                 if not buffer.is_inference():  # data: what autograd has saved of a buffer stays valid
                     undo.callback(buffer.data.copy_, buffer.detach().clone())
         for parameter in model.parameters():  # which some models freeze in their train()
@@ -1316,7 +1263,7 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
 def _snapshot(model: nn.Module) -> Callable[..., None]:
     """Note modes, attributes and the dicts and lists in them, however deep; gives what restores them.
 
-    New attributes are removed, but for those of the classes ``keep``.
+    New attributes go, but for those of the classes ``keep``.
     """
     modes = [(module, module.training) for module in model.modules()]
     held: list[Any] = [vars(module) for module, _ in modes]
@@ -1395,17 +1342,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--kwargs", type="JSON object", default={}, metavar="JSON", help="arguments of the callable")
     add("--checkpoint", metavar="FILE", help="load this state dict (weights_only=True)")
     source = parser.add_mutually_exclusive_group().add_argument
-    source("--image", metavar="FILE", help="the input: a photograph, as torchvision's classifiers see it; needs pillow")
-    source("--input", type="list of sizes", metavar="1,3,224,224", help="the input: random numbers in this shape")
+    source("--image", metavar="FILE", help="the input: a photograph; needs pillow")
+    source("--input", type="list of sizes", metavar="1,3,224,224", help="the input: random numbers")
     add("--device", default="cpu", help="where to compute, such as cuda")
-    add("--train", action="store_true", help="use train mode in place of eval mode")
-    add("--exact", action="store_true", help="give what each module or operation itself returned")
-    add("--auto-leaf", action="store_true", help="make leaves of the classes that cannot be traced")
-    add("--json", action="store_true", help="print for machines: the names of both modes, or the features")
-    add("--check", metavar="FILE", help="compare the names with those in a file that --json wrote; 1 if they differ")
-    add("--save", metavar="FILE.pt", help="save the extractor with torch.save")
+    add("--check", metavar="FILE", help="compare with a file of --json; exit code 1 if names differ")
+    add("--save", metavar="FILE.pt", help="save the extractor")
     add("--plot", metavar="FILE.png", help="draw the features; needs matplotlib")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    flags = {
+        "--train": "use train mode in place of eval mode",
+        "--exact": "compute what each module or operation itself returned",
+        "--auto-leaf": "make leaves of what cannot be traced",
+        "--json": "print names of both modes, or features, for machines",
+        "--debug": "show the traceback of an error",
+    }
+    for flag, what in flags.items():
+        add(flag, action="store_true", help=what)
     add("--version", action="version", version=__version__)
     return parser
 
@@ -1434,7 +1385,7 @@ def _run(options: argparse.Namespace) -> tuple[int, str]:
 
 
 def _values(extractor: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    """What an extractor gives for the input; nothing without one."""
+    """What an extractor gives for the input, if any."""
     if not (options.image or options.input):
         return {}
     given = _read_image(options.image) if options.image else torch.rand(options.input)
@@ -1460,7 +1411,7 @@ def _read_image(path: str) -> torch.Tensor:
 
 
 def _features(model: nn.Module, options: argparse.Namespace) -> str:
-    """The features' keys, shapes, dtypes and statistics; saves the extractor and draws the features if asked to."""
+    """The features' keys, shapes, dtypes and statistics; draws the features and saves the extractor if asked to."""
     pairs = [given.partition("=")[::2] for given in options.queries]
     queries = {query: key or query for query, key in pairs}
     if len(queries) < len(pairs):
@@ -1470,7 +1421,11 @@ def _features(model: nn.Module, options: argparse.Namespace) -> str:
     extractor = create_feature_extractor(
         model, None, train, evaluation, None, True, exact=options.exact, auto_leaf=options.auto_leaf
     )
-    features = [item for key, value in _values(extractor, options).items() for item in _items(key, value)]
+    features = [
+        (key if item is value else f"{key}[{place}]", item)
+        for key, value in _values(extractor, options).items()
+        for place, item in enumerate(tree_flatten(value)[0])
+    ]
     if options.plot:
         _plot(features, options.plot)
     if options.save:
@@ -1484,15 +1439,6 @@ def _features(model: nn.Module, options: argparse.Namespace) -> str:
         return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return _align([columns, *([_cell(row.get(column)) for column in columns] for row in rows)])
-
-
-def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A feature, or what is inside of one that is nested, under its key and place."""
-    if not isinstance(value, (dict, list, tuple)) or not value:
-        yield key, value
-        return
-    for place, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _items(f"{key}[{place}]", item)
 
 
 def _statistics(key: str, value: Any) -> dict[str, Any]:

@@ -456,22 +456,6 @@ def test_one_thread_traces_at_a_time() -> None:
     assert results == [expected] * 30
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_the_switch_for_fast_attention_is_as_it_was(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
-    if hasattr(torch.backends, "mha"):
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(fast)
-        try:
-            names = featx.get_graph_node_names(model)
-            assert torch.backends.mha.get_fastpath_enabled() is fast
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
-        monkeypatch.setattr(torch.backends, "mha", None)  # as good as absent, as with old torch
-        assert featx.get_graph_node_names(model) == names
-    assert featx.get_graph_node_names(model).eval == ["input", "0"]
-
-
 def test_a_trace_waits_for_that_of_another_thread() -> None:
     other = threading.Thread(target=featx.get_graph_node_names, args=(nets.Block(),))
 

@@ -611,9 +611,7 @@ def test_the_models_own_output_beside_a_module_of_that_name() -> None:
         return self.fc(y), y
 
     model = net(forward, output=net(lambda self, x: x), fc=nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match="'output' is the value of the model's own output, not what the module"):
-        extractor = featx.create_feature_extractor(model, ["output"])
-    assert same(run(extractor, X)["output"], model(X))
+    assert same(run(featx.create_feature_extractor(model, ["output"]), X)["output"], model(X))
     assert torch.equal(run(exact(model, ["output"]), X)["output"], X)
 
 
@@ -670,20 +668,6 @@ def compiled(extractor: nn.Module) -> Any:
 
 def extracted(extractor: nn.Module) -> Any:
     return lambda x: exact(extractor, "output")(x)["output"]
-
-
-@pytest.mark.parametrize("how", [fx.symbolic_trace, copy.deepcopy, extracted])
-def test_lists_can_be_traced_again_and_copied(how: Any) -> None:
-    def forward(self: Any, x: torch.Tensor) -> Any:
-        parts = self.fc(x).split(2, 1)
-        y = parts[0] + 1
-        parts[0].mul_(3)
-        return y + parts[0]
-
-    model = net(forward, fc=nn.Linear(4, 4))
-    seen = seen_by_hooks(model, X)["fc"][0]
-    features = run(how(exact(model, ["split", "output"])), X)
-    assert same(tuple(features["split"]), seen.split(2, 1))
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -60,7 +60,7 @@ def test_commands_of_featx(command: str) -> None:
         pytest.importorskip("torchvision")
     assert arguments[:3] == ["python", "-m", "featx"]
     done = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT, capture_output=True, text=True)
-    said = "featx: warning: without --checkpoint the weights are random, or those that the callable loads\n"
+    said = "featx: note: the weights are random, unless the callable loads some\n"
     assert (done.returncode, done.stderr) == (0, said if "--image" in arguments else "")
     assert len(done.stdout.splitlines()) >= 3
 
