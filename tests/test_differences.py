@@ -436,3 +436,143 @@ def test_d22_a_model_that_is_no_module() -> None:
             torchvision.get_graph_node_names(value)
         with pytest.raises(TypeError, match=r"model takes a torch\.nn\.Module, not"):
             featx.get_graph_node_names(value)
+
+
+# D23 to D27: what tracing leaves out, or makes a constant.
+
+
+class Cast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.fc(x)
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            return self.fc(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("variance", torch.full((4,), 4.0))
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return x * self.variance.rsqrt()
+
+
+class Noisy(nn.Module):
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return x + torch.randn(4)
+
+
+def baked(model: nn.Module, query: str, path: str, *parts: str) -> List[Any]:
+    """The extractor of torchvision, which is silent, and that of featx, which says what is lost and where."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = torchvision.create_feature_extractor(model, [query])
+    with pytest.warns(featx.FeatureWarning) as caught:
+        ours = featx.create_feature_extractor(model, [query])
+    (warning,) = caught
+    for part in (path, "exact=True", *parts):
+        assert part in str(warning.message)
+    return [theirs, ours]
+
+
+def refused(model: nn.Module, path: str, kind: Any, line: str) -> None:
+    with pytest.raises(featx.UntraceableError) as raised:
+        featx.create_feature_extractor(model, "output", exact=True)
+    assert (raised.value.path, raised.value.module_type) == (path, kind)
+    assert line in raised.value.reason
+
+
+def as_leaves(model: nn.Module) -> nn.Module:
+    return featx.create_feature_extractor(model, "output", exact=True, auto_leaf=True)
+
+
+def test_d23_autocast() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Cast())
+    truth = model(X)
+    assert truth.dtype is torch.bfloat16
+    theirs, ours = (extractor(X)["1.fc"] for extractor in baked(model, "1.fc", "'1'", "return self.fc(x)", "autocast"))
+    assert theirs.dtype is torch.float32
+    assert torch.equal(theirs, ours)
+    refused(model, "1", Cast, "return self.fc(x)")
+    assert nets.same(as_leaves(model)(X)["output"], truth)
+
+
+def test_d24_no_grad() -> None:
+    model = nn.Sequential(Frozen(), nn.Linear(4, 4))
+
+    def trained(value: torch.Tensor) -> List[bool]:
+        found = torch.autograd.grad(value.sum(), list(model.parameters()), allow_unused=True)
+        return [gradient is not None for gradient in found]
+
+    assert trained(model(X)) == [False, False, True, True]
+    extractors = baked(model, "1", "'0'", "return self.fc(x)", "grad mode")
+    assert [trained(extractor(X)["1"]) for extractor in extractors] == [[True] * 4] * 2
+    refused(model, "0", Frozen, "return self.fc(x)")
+    assert trained(as_leaves(model)(X)["output"]) == [False, False, True, True]
+
+
+def test_d25_what_is_computed_from_buffers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Scaled())
+    extractors = baked(model, "1.mul", "'1'", "return x * self.variance.rsqrt()", "load_state_dict")
+    exact = featx.create_feature_extractor(model, "1.mul", exact=True)
+    before = model(X)
+    for extractor in (*extractors, exact):
+        assert torch.equal(extractor(X)["1.mul"], before)
+    state = {**model.state_dict(), "1.variance": torch.full((4,), 9.0)}
+    for extractor in extractors:
+        with pytest.raises(RuntimeError, match=r"1\.variance"):
+            extractor.load_state_dict(state)
+    model.load_state_dict(state)
+    for extractor in extractors:
+        assert torch.equal(extractor(X)["1.mul"], before)
+    assert not torch.equal(model(X), before)
+    assert torch.equal(exact(X)["1.mul"], model(X))
+    exact.load_state_dict({**state, "1.variance": torch.ones(4)})
+    assert torch.equal(exact(X)["1.mul"], model[0](X))
+
+
+def test_d26_random_numbers() -> None:
+    def draws_anew(module: nn.Module) -> bool:
+        return not nets.same(module(X), module(X))
+
+    model = nn.Sequential(nn.Linear(4, 4), Noisy())
+    assert draws_anew(model)
+    extractors = baked(model, "1.add", "'1'", "return x + torch.randn(4)", "random")
+    assert [draws_anew(extractor) for extractor in extractors] == [False, False]
+    refused(model, "1", Noisy, "return x + torch.randn(4)")
+    right = as_leaves(model)
+    assert draws_anew(right)
+    torch.manual_seed(7)
+    truth = model(X)
+    torch.manual_seed(7)
+    assert torch.equal(right(X)["output"], truth)
+
+
+def test_d27_a_forward_of_the_instance() -> None:
+    model = net(lambda self, x: self.fc(x), fc=nn.Linear(4, 4), body=nn.Sequential(nn.Linear(4, 4)))
+    other = model(X)
+    model.forward = lambda x: model.fc(x) * 2
+    line = f"{__file__}, line {model.forward.__code__.co_firstlineno}"
+    theirs, ours = (
+        extractor(X)["fc"] for extractor in baked(model, "fc", "model's own forward", line, "nn.Sequential(model)")
+    )
+    assert torch.equal(theirs, other)
+    assert torch.equal(ours, other)
+    assert torch.equal(model(X), other * 2)
+    refused(model, "", type(model), line)
+    wrapped = nn.Sequential(model)
+    for options in ({}, {"exact": True}):
+        assert torch.equal(featx.create_feature_extractor(wrapped, "output", **options)(X)["output"], other * 2)

@@ -1,0 +1,702 @@
+"""What tracing would leave out, or make a constant, is right, refused or said."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+import torch
+from torch import nn
+
+from tests import featx, nets
+from tests.nets import net, same
+
+X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+KINDS = ("torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance")
+
+
+def said(model: nn.Module, queries: Any = "output", **options: Any) -> List[str]:
+    """What an extractor is said to lose, each kind once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        featx.create_feature_extractor(model, queries, suppress_diff_warning=True, **options)
+    assert {warning.category for warning in caught} <= {featx.FeatureWarning}
+    messages = [str(warning.message) for warning in caught]
+    kinds = [kind for message in messages for kind in KINDS if kind in message]
+    assert len(kinds) == len(set(kinds)) == len(messages)
+    return messages
+
+
+def kinds_of(messages: List[str]) -> List[str]:
+    return [kind for kind in KINDS for message in messages if kind in message]
+
+
+def quietly(model: nn.Module, queries: Any = "output", **options: Any) -> nn.Module:
+    """An extractor; what it warns of is another test's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return featx.create_feature_extractor(model, queries, **options)
+
+
+def as_leaves(model: nn.Module, queries: Any = "output") -> nn.Module:
+    """An exact extractor in which what cannot be traced became leaves."""
+    return quietly(model, queries, exact=True, auto_leaf=True)
+
+
+def outcomes(function: Callable[..., Any], parameters: List[nn.Parameter]) -> List[Any]:
+    """Values, with their dtypes, and gradients; where gradients are enabled, and where they are not."""
+    found: List[Any] = []
+    for enabled in (True, False):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(enabled):
+            value = function(X)
+        gradients = torch.autograd.grad(value.sum(), parameters, allow_unused=True) if value.requires_grad else []
+        found.append([value.detach().clone(), value.requires_grad, list(gradients)])
+    return found
+
+
+# ---------------------------------------------------------------------------------------- blocks
+
+
+def no_grad(self: Any, x: Any) -> Any:
+    with torch.no_grad():
+        return self.fc(x)
+
+
+def no_grad_at_first(self: Any, x: Any) -> Any:
+    with torch.no_grad():
+        x = self.fc(x)
+    return self.fc(x)
+
+
+def no_grad_around_a_function(self: Any, x: Any) -> Any:
+    with torch.no_grad():
+        return torch.sigmoid(x)
+
+
+def set_false(self: Any, x: Any) -> Any:
+    with torch.set_grad_enabled(False):
+        return self.fc(x)
+
+
+def set_false_and_true(self: Any, x: Any) -> Any:
+    torch.set_grad_enabled(False)
+    x = self.fc(x)
+    torch.set_grad_enabled(True)
+    return self.fc(x)
+
+
+def inference(self: Any, x: Any) -> Any:
+    with torch.inference_mode():
+        return self.fc(x)
+
+
+def enable(self: Any, x: Any) -> Any:
+    with torch.enable_grad():
+        return self.fc(x)
+
+
+def set_true(self: Any, x: Any) -> Any:
+    with torch.set_grad_enabled(True):
+        return self.fc(x)
+
+
+def enable_in_no_grad(self: Any, x: Any) -> Any:
+    with torch.no_grad():
+        x = torch.sigmoid(x)
+        with torch.enable_grad():
+            return self.fc(x)
+
+
+def no_grad_in_enable(self: Any, x: Any) -> Any:
+    with torch.enable_grad(), torch.no_grad():
+        return self.fc(x)
+
+
+def cast(self: Any, x: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.fc(x)
+
+
+def not_cast(self: Any, x: Any) -> Any:
+    with torch.autocast("cpu", enabled=False):
+        return self.fc(x)
+
+
+def not_cast_in_cast(self: Any, x: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = self.fc(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.fc(x.float())
+
+
+def cast_in_no_grad(self: Any, x: Any) -> Any:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.fc(x)
+
+
+def plain(self: Any, x: Any) -> Any:
+    return self.fc(x)
+
+
+BLOCKS: Dict[str, List[Callable[..., Any]]] = {
+    "grad mode": [
+        *(no_grad, no_grad_at_first, no_grad_around_a_function, set_false, set_false_and_true, inference),
+        *(enable, set_true, enable_in_no_grad, no_grad_in_enable),
+        *(decorate(plain) for decorate in (torch.no_grad(), torch.enable_grad(), torch.inference_mode())),
+    ],
+    "torch.autocast": [cast, not_cast, not_cast_in_cast, torch.autocast("cpu", dtype=torch.bfloat16)(plain)],
+}
+CASES = [(kind, forward) for kind, forwards in BLOCKS.items() for forward in forwards]
+
+
+def around(forward: Callable[..., Any]) -> nn.Module:
+    """A model, its module '1' with a forward."""
+    return nn.Sequential(nn.Linear(4, 4), net(forward, fc=nn.Linear(4, 4), scale=torch.rand(4)), nn.Identity())
+
+
+@pytest.mark.parametrize(("kind", "forward"), CASES)
+def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]) -> None:
+    model = around(forward)
+    (message,) = said(model)
+    assert kind in message
+    for part in ("module '1'", "exact=True", "auto_leaf=True"):
+        assert part in message
+    with pytest.raises(featx.UntraceableError, match=kind) as raised:
+        featx.get_graph_node_names(model, exact=True)
+    assert (raised.value.path, raised.value.module_type) == ("1", type(model[1]))
+    parameters = list(model.parameters())
+    expected, right = outcomes(model, parameters), as_leaves(model, {"output": "y", "0": "first", "1": "second"})
+    assert same(outcomes(lambda x: right(x)["y"], parameters), expected)
+    assert same(outcomes(lambda x: right(x)["second"], parameters), expected)
+    assert same(quietly(model)(X)["output"], nets.truth(model, X)["2"])  # which is what torch.fx gives
+
+
+@pytest.mark.parametrize("forward", [forward for _, forward in CASES])
+def test_the_line(forward: Callable[..., Any]) -> None:
+    model = around(forward)
+    (message,) = said(model)
+    with pytest.raises(featx.UntraceableError) as raised:
+        featx.get_graph_node_names(model, exact=True)
+    lines, first = inspect.getsourcelines(forward)
+    for text in (message, str(raised.value)):
+        ((number, line),) = re.findall(rf'File "{re.escape(__file__)}", line (\d+), in .*\n    (.*)', text)
+        assert line == lines[int(number) - first].strip()
+
+
+class Around(nn.Module):
+    """Runs what is traced inside of it in a block."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nets.Block(), nets.Block())
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.block():
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_block_around_inner_modules_is_the_outer_ones(block: Any) -> None:
+    model = nn.Sequential(nets.Block(), Around(block), nets.Block())
+    for query in ("1.inner.0", "1.inner.1", "output"):
+        (message,) = said(model, query)
+        assert "module '1' " in message
+    with pytest.raises(featx.UntraceableError) as raised:
+        featx.get_graph_node_names(model, exact=True)
+    assert (raised.value.path, raised.value.module_type) == ("1", Around)
+    with pytest.warns(UserWarning, match=r"\[tests\.test_tracing\.Around\]"):
+        names = featx.get_graph_node_names(model, exact=True, auto_leaf=True).eval
+    assert "1" in names
+    assert {"0.first", "2.first"} < set(names)
+    model = model[:2]  # what comes after autocast would take its bfloat16 for a mistake
+    right, parameters = as_leaves(model), list(model.parameters())
+    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
+
+
+def test_one_warning_for_each_kind() -> None:
+    def everything(self: Any, x: Any) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return self.fc(x + torch.rand(4)) * self.scale.sqrt()
+
+    model = nn.Sequential(around(everything), around(everything), around(no_grad))
+    messages = said(model)
+    assert sorted(kinds_of(messages)) == sorted(KINDS[:4])
+    assert all("module '0.1' " in message for message in messages)
+    with pytest.raises(featx.UntraceableError) as raised:
+        featx.get_graph_node_names(model, exact=True)
+    assert raised.value.path == "0.1"
+    right = as_leaves(model)
+    assert same(outcomes(lambda x: right(x)["output"], []), outcomes(model, []))
+
+
+def test_one_warning_for_both_modes() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return cast(self, x) if self.training else no_grad(self, x)
+
+    assert kinds_of(said(around(forward))) == ["torch.autocast", "grad mode"]
+    for queries, kind in (((["output"], []), "torch.autocast"), (([], ["output"]), "grad mode")):
+        modes = dict(zip(("train_return_nodes", "eval_return_nodes"), queries))
+        assert kinds_of(said(around(forward), None, **modes)) == [kind]
+
+
+# ------------------------------------------------------------------------- what is not concerned
+
+
+def noise(self: Any, x: Any) -> Any:
+    return self.fc(x + torch.rand(4))
+
+
+def scale(self: Any, x: Any) -> Any:
+    return self.fc(x * self.scale.sqrt())
+
+
+@pytest.mark.parametrize("forward", [no_grad, enable, cast, not_cast, noise, scale])
+def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> None:
+    def branches(self: Any, x: Any) -> Any:
+        before = self.before(x)
+        return self.losing(before), self.beside(before)
+
+    model = net(branches, before=nets.Block(), losing=around(forward), beside=nets.Block())
+    assert len(said(model)) == len(said(model, ["beside", "losing"])) == len(said(model, "losing.1")) == 1
+    assert said(model, ["before", "beside", "losing.0"]) == []
+    modes = {"train_return_nodes": ["before"], "eval_return_nodes": ["output"]}
+    assert len(said(model, None, **modes)) == 1
+
+
+def test_all_of_a_block_is_concerned() -> None:
+    def branches(self: Any, x: Any) -> Any:
+        with torch.enable_grad():
+            return self.first(x), self.second(x)
+
+    model = net(branches, first=nn.Linear(4, 4), second=nn.Linear(4, 4))
+    assert [len(said(model, query)) for query in ("first", "second")] == [1, 1]
+
+
+def test_a_number_concerns_all_that_comes_later() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        number = self.scale.mean().item()
+        beside = torch.sigmoid(x)
+        return beside, self.fc(x) * number
+
+    model = net(forward, fc=nn.Linear(4, 4), scale=torch.rand(4))
+    assert kinds_of(said(model, "mul")) == ["buffers"]
+
+
+NOTHING: Dict[str, Callable[..., Any]] = {
+    "zeros": lambda self, x: x + torch.zeros(4),
+    "arange": lambda self, x: x + torch.arange(4) * 2,
+    "tensor": lambda self, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]).sqrt(),
+    "mask": lambda self, x: x.masked_fill(torch.ones(4, 4).tril()[2] == 0, -1.0),
+    "new": lambda self, x: torch.cat([x, torch.full((3, 1), 2.0)], dim=1),
+    "integers": lambda self, x: x[:, self.index.view(-1).flip(0)],
+    "a number": lambda self, x: x * torch.tensor(3).item() * int(self.index.sum()),
+    "a buffer as it is": lambda self, x: x * self.scale,
+    "what a buffer is like": lambda self, x: x.to(self.scale.dtype) * self.scale.shape[0],
+    "a parameter": lambda self, x: x * self.weight.exp(),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_no_false_alarm(case: str) -> None:
+    members = {"scale": torch.rand(4), "index": torch.tensor([[1, 0], [3, 2]]), "weight": nn.Parameter(torch.rand(4))}
+    model = nn.Sequential(net(NOTHING[case], **members))
+    assert said(model) == []
+    assert torch.equal(quietly(model)(X)["output"], model(X))
+    if case != "a number":  # whose int() cannot be traced where buffers are nodes
+        assert said(model, exact=True) == []
+    assert torch.equal(as_leaves(model)(X)["output"], model(X))
+
+
+# --------------------------------------------------------------------------- what is made constant
+
+
+CONSTANTS: Dict[str, Callable[..., Any]] = {
+    "computed": lambda self, x: x * self.scale.sqrt(),
+    "twice": lambda self, x: x * self.scale.sqrt().neg(),
+    "with another constant": lambda self, x: x * (torch.ones(4) / self.scale),
+    "half of it": lambda self, x: x[:, :2] * self.scale[:2],
+    "a number": lambda self, x: x * self.scale.mean().item(),
+    "data": lambda self, x: x * self.scale.data.sqrt(),
+    "detached": lambda self, x: x * self.scale.detach().abs(),
+    "another type": lambda self, x: x * self.scale.double(),
+    "in place": lambda self, x: x * torch.empty(4).copy_(self.scale),
+    "a part in place": lambda self, x: x * put(torch.zeros(4), self.scale.sqrt()),
+    "complex": lambda self, x: x * self.scale.abs(),
+}
+
+
+def put(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    target[:2] = value[:2]
+    return target
+
+
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> None:
+    inner = net(CONSTANTS[case], scale=torch.rand(4, dtype=torch.complex64 if case == "complex" else None))
+    model = nn.Sequential(nn.Linear(4, 4), inner)
+    before = model(X)
+    (message,) = said(model)
+    assert "buffers" in message
+    assert "module '1' " in message
+    default, exact = quietly(model), quietly(model, exact=True)
+    assert torch.equal(default(X)["output"], before)
+    state = {key: value + 0.5 for key, value in model.state_dict().items()}
+    for module in (model, exact):
+        module.load_state_dict({**module.state_dict(), **state})  # constants of its own stay
+        assert torch.equal(exact(X)["output"], model(X))
+    assert not torch.equal(model(X), before)
+
+
+def test_buffers_are_nodes() -> None:
+    model = around(scale)
+    assert featx.get_graph_node_names(model, exact=True).eval == [
+        *("input", "0", "1._1_scale", "1.sqrt", "1.mul", "1.fc", "2"),  # as torch.fx calls parameters
+    ]
+    exact = quietly(model, {"1._1_scale": "scale", "1.sqrt": "root", "output": "output"}, exact=True)
+    assert torch.equal(exact(X)["scale"], model[1].scale)
+    assert sorted(exact.state_dict()) == sorted(model.state_dict())
+    assert exact.get_buffer("1.scale") is model[1].scale
+    copied = copy.deepcopy(exact)
+    exact.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
+    assert torch.equal(exact(X)["output"], model(X))
+    assert torch.equal(copied(X)["scale"] * 2, model[1].scale)
+    copied.double()
+    assert copied(X.double())["output"].dtype is torch.float64
+    assert torch.equal(copied(X.double())["root"], copied.get_buffer("1.scale").sqrt())
+    assert copied.to("meta")(X.double().to("meta"))["output"].is_meta
+    assert torch.equal(nets.by_torch_save(exact)(X)["output"], model(X))
+
+
+def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
+    model = around(scale)
+    model[1].register_buffer("scale", torch.rand(4), persistent=False)
+    exact = quietly(model, exact=True)
+    assert list(exact.state_dict()) == list(model.state_dict())
+    model[1].scale += 1
+    assert torch.equal(exact(X)["output"], model(X))
+
+
+def test_a_buffer_that_is_assigned() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.scale = self.scale * 0.5 + 1
+        return x * self.scale
+
+    model = around(forward)
+    exact, reference = as_leaves(model), copy.deepcopy(model)
+    for _ in range(3):
+        assert torch.equal(exact(X)["output"], reference(X))
+
+
+DRAWS: Dict[str, Callable[..., Any]] = {
+    "rand": lambda self, x: x + torch.rand(4),
+    "randn": lambda self, x: x * torch.randn(4).abs().sqrt(),
+    "order": lambda self, x: x[:, torch.randperm(4)],
+    "normal": lambda self, x: x + torch.normal(torch.zeros(4), 1.0),
+    "integers": lambda self, x: x + torch.randint(0, 1000, (4,)),
+    "bernoulli": lambda self, x: x * torch.bernoulli(torch.full((4, 4), 0.5)).sum(0),
+    "in place": lambda self, x: x * torch.empty(4).uniform_(),
+    "a part in place": lambda self, x: x * put(torch.zeros(4), torch.rand(4)),
+    "dropout": lambda self, x: x + nn.functional.dropout(torch.ones(64)).sum(),
+    "a number": lambda self, x: x * torch.rand(1).item(),
+    "a way": lambda self, x: self.fc(x) if torch.rand(1) < 0.5 else x,
+    "an early return": lambda self, x: x if torch.rand(1) < 2 else self.fc(x),
+}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_what_is_drawn_is_said_refused_or_right(case: str) -> None:
+    model = around(DRAWS[case])
+    assert kinds_of(said(model)) == ["random numbers"]
+    with pytest.raises(featx.UntraceableError, match="random numbers") as raised:
+        featx.get_graph_node_names(model, exact=True)
+    assert raised.value.path == "1"
+    right, parameters = as_leaves(model), list(model.parameters())
+    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
+
+
+def test_what_is_drawn_like_the_input_is_a_node() -> None:
+    model = around(lambda self, x: self.fc(x + torch.rand_like(x)))
+    assert said(model) == said(model, exact=True) == []
+    exact = quietly(model, exact=True)
+    assert not torch.equal(exact(X)["output"], exact(X)["output"])
+
+
+# ------------------------------------------------------------------------- the model's own forward
+
+
+@pytest.mark.parametrize("forward", [no_grad, enable, cast, noise])
+def test_the_models_own_forward(forward: Callable[..., Any]) -> None:
+    parts = {"body": nn.Sequential(nets.Block()), "bad": around(no_grad), "fc": nn.Linear(4, 4)}
+    model = net(forward, **parts)
+    (message,) = said(model)
+    assert message.startswith("the model's own forward ")
+    for auto_leaf in (False, True):
+        with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
+            featx.create_feature_extractor(model, "output", exact=True, auto_leaf=auto_leaf)
+        assert (raised.value.path, raised.value.traceable) == ("", ["body"])
+    right, parameters = as_leaves(nn.Sequential(model)), list(model.parameters())
+    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
+
+
+def test_the_model_computes_from_buffers() -> None:
+    model = net(scale, fc=nn.Linear(4, 4), scale=torch.rand(4))
+    (message,) = said(model)
+    assert message.startswith("the model's own forward ")
+    exact = quietly(model, exact=True)
+    model.scale += 1
+    assert torch.equal(exact(X)["output"], model(X))
+
+
+def replaced(model: nn.Module) -> nn.Module:
+    """As adapters do it."""
+    forward = model.forward
+    model.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
+    return model
+
+
+def test_a_replaced_forward_is_refused_said_or_in_a_sequential_right() -> None:
+    model = replaced(nn.Sequential(nets.Block(), nets.Block()))
+    for query in ("input", "0", "output"):
+        (message,) = said(model, query)
+        assert "replaced on the instance" in message
+        assert "nn.Sequential(model)" in message
+    with pytest.raises(featx.UntraceableError, match=r"nn\.Sequential\(model\)") as raised:
+        featx.get_graph_node_names(model, exact=True, auto_leaf=True)
+    assert (raised.value.path, raised.value.traceable) == ("", ["0", "1"])
+    wrapped = nn.Sequential(model)
+    for options in ({}, {"exact": True}):
+        assert said(wrapped, **options) == []
+        assert torch.equal(quietly(wrapped, **options)(X)["output"], model(X))
+
+
+def test_a_replaced_forward_inside_is_traced() -> None:
+    model = nn.Sequential(nets.Block(), replaced(nets.Block()), replaced(nn.Sequential(nets.Block())))
+    for options in ({}, {"exact": True}):
+        assert said(model, **options) == []
+        assert torch.equal(quietly(model, **options)(X)["output"], model(X))
+
+
+# ------------------------------------------------------------------------------- the caller's things
+
+
+def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
+    busy = nn.Sequential(*(around(forward) for forward in (no_grad, enable, cast_in_no_grad)))
+    found: List[Any] = []
+
+    def elsewhere() -> None:
+        found.extend(outcomes(busy, list(busy.parameters())))
+        found.append(busy[0][1].scale.sqrt() * torch.zeros(4))
+        torch.rand(4)
+
+    def forward(self: Any, x: Any) -> Any:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return self.fc(x) * self.scale
+
+    elsewhere()
+    expected = copy.copy(found)
+    for options in ({}, {"exact": True}):
+        found.clear()
+        assert said(around(forward), **options) == []
+        assert same(found, expected * 2)
+
+
+def test_what_the_thread_is_in_is_no_block() -> None:
+    model = nn.Sequential(nets.Block(), around(plain))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert said(model) == said(model, exact=True) == []
+    with torch.inference_mode():
+        assert said(model) == said(model, exact=True) == []
+    with torch.no_grad():
+        assert kinds_of(said(around(no_grad))) == kinds_of(said(around(enable))) == ["grad mode"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("forward", [plain, enable, no_grad, cast, noise, lambda self, x: self.missing(x)])
+def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
+    def state() -> List[Any]:
+        enters = [vars(block).get("__enter__") for block in (torch.enable_grad, torch.set_grad_enabled, torch.no_grad)]
+        return [*enters, torch.is_grad_enabled(), torch.is_autocast_enabled(), torch._C._len_torch_dispatch_stack()]
+
+    before = state()
+    model = around(forward)
+    try:
+        quietly(model, exact=exact)
+    except featx.UntraceableError:
+        assert exact or "missing" in forward.__code__.co_names
+    assert state() == before
+
+
+@pytest.mark.parametrize("model", [around(no_grad), around(scale), around(noise), replaced(around(plain))])
+def test_the_warnings_can_be_silenced(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(featx.FeatureWarning):
+            featx.create_feature_extractor(model, "output")
+        warnings.filterwarnings("ignore", category=featx.FeatureWarning)
+        featx.create_feature_extractor(model, "output")
+
+
+def test_they_are_said_where_the_extractor_is_made() -> None:
+    with pytest.warns(featx.FeatureWarning) as caught:
+        featx.create_feature_extractor(around(no_grad), "output")
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_computing_while_tracing_imports_nothing() -> None:
+    program = """
+import sys
+import torch
+import featx
+
+class Computing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            return x * self.scale.sqrt() + torch.zeros(4).exp() + torch.rand(4)
+
+before = set(sys.modules)
+featx.create_feature_extractor(Computing(), "output")
+added = sorted(set(sys.modules) - before)
+assert not [name for name in added if name.startswith("torch._dynamo")], added
+"""
+    folder = Path(str(featx.__file__)).parent
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=folder, check=True)
+
+
+# ------------------------------------------------------------------------------------- real pieces
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As DETR's: all four are buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((width,), value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.weight.reshape(1, -1, 1, 1) * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+
+def test_a_frozen_batch_norm_follows_its_checkpoint() -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d).eval()
+    queries, x = ["bn1", "layer1", "layer4", "output"], torch.rand(1, 3, 64, 64)
+    assert kinds_of(said(model, ["layer1", "layer4"])) == ["buffers"]
+    exact = quietly(model, queries, exact=True)
+    assert sorted(exact.state_dict()) == sorted(model.state_dict())
+    for module in (model, exact):
+        state = {key: torch.rand_like(value) * 0.1 for key, value in model.state_dict().items()}
+        module.load_state_dict(state)
+        assert same(exact(x), returned(model, queries, x))
+
+
+def returned(model: nn.Module, queries: List[str], x: torch.Tensor) -> Dict[str, Any]:
+    """What modules return in eager execution, and last what the model does."""
+    found: Dict[str, Any] = {}
+    with contextlib.ExitStack() as hooks:
+        for query in queries[:-1]:
+            keep = lambda module, inputs, output, query=query: found.update({query: nets.snapshot(output)})  # noqa: E731
+            hooks.callback(model.get_submodule(query).register_forward_hook(keep).remove)
+        output = model(x)
+    return {**found, queries[-1]: output}
+
+
+class FrozenBody(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.body(x)
+
+
+def test_a_frozen_body_in_a_trained_head() -> None:
+    models = pytest.importorskip("torchvision.models")
+    body = FrozenBody(models.resnet18(weights=None, num_classes=8))
+    model = nn.Sequential(body, nets.Block(8), nn.Linear(8, 2)).eval()
+    right, x = as_leaves(model, ["0", "output"]), torch.rand(2, 3, 64, 64)
+    parameters = list(model.parameters())
+
+    def gradients(value: torch.Tensor) -> List[Any]:
+        return list(torch.autograd.grad(value.square().sum(), parameters, allow_unused=True))
+
+    expected = gradients(model(x))
+    assert [gradient is None for gradient in expected] == [True] * (len(parameters) - 6) + [False] * 6
+    assert same(gradients(right(x)["output"]), expected)
+    assert None not in gradients(quietly(model)(x)["output"])
+    assert not right(x)["0"].requires_grad
+
+
+def test_autocast_in_one_block_of_a_vit() -> None:
+    vit = pytest.importorskip("torchvision.models.vision_transformer")
+
+    class CastBlock(vit.EncoderBlock):  # type: ignore[misc]
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(input)
+
+    model = vit.VisionTransformer(32, 16, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3).eval()
+    path = "encoder.layers.encoder_layer_1"
+    model.get_submodule(path).__class__ = CastBlock
+    (message,) = said(model)
+    assert f"module {path!r} " in message
+    x = torch.rand(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = featx.get_graph_node_names(model, exact=True, auto_leaf=True).eval
+    modules = [name for name, _ in model.named_modules() if name in names]
+    assert path in modules
+    assert path + ".mlp.0" not in modules
+    expected = returned(model, [*modules, "output"], x)
+    assert same(as_leaves(model, [*modules, "output"])(x), expected)
+    assert not same(quietly(model, path)(x)[path], expected[path])
+
+
+# ----------------------------------------------------------------------------------------- the zoo
+
+
+def exact_nodes(model: nn.Module, buffers: bool) -> Dict[Any, str]:
+    """The nodes and their exact names, where buffers are nodes and where they are not."""
+    tracer = featx.NodePathTracer(exact=True, **featx._tracer_arguments(None))
+    tracer.proxy_buffer_attributes = buffers
+    with featx._unchanged(model):
+        tracer.trace(model)
+    return dict(tracer.node_to_qualname)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", nets.collected(nets.traceable))
+def test_the_zoo_is_silent_and_gains_nodes_of_buffers_alone(name: str) -> None:
+    model = nets.build_on_meta(name)
+    names = featx.get_graph_node_names(model, suppress_diff_warning=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        featx.create_feature_extractor(model, None, *names, suppress_diff_warning=True)
+    assert not [message for message in map(str, caught) if any(kind in message for kind in KINDS)]
+    buffers = {path for path, _ in model.named_buffers()}
+    for mode in (True, False):
+        before = list(exact_nodes(model.train(mode), buffers=False).values())
+        nodes = exact_nodes(model, buffers=True)
+        gained = {node for node in nodes if nodes[node] not in before}
+        assert [nodes[node] for node in nodes if node not in gained] == before
+        for node in gained:
+            assert node.target in buffers if node.op == "get_attr" else gained.issuperset(node.all_input_nodes)
