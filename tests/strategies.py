@@ -82,6 +82,8 @@ LEAVES: Dict[str, Callable[[], nn.Module]] = {
 LEAF_CLASSES = (Scale, Doubling, Silent, Pair)
 SCRIPTABLE = ("linear", "sigmoid", "relu", "relu_", "norm", "dropout", "dropout_", "identity", "scale", "doubling")
 
+PURE_LEAVES = ("linear", "sigmoid", "relu", "norm", "dropout", "identity", "scale")
+
 TENSORS = ("buffer", "unsaved", "parameter")  # "unsaved" is a buffer that is not persistent
 
 # Each a chain of (torch.fx's name for it, function of the value so far and of a second one).
@@ -121,12 +123,29 @@ WRITES: Dict[str, Chain] = {
     "out": (("neg", lambda a, b: torch.neg(b, out=a)),),
 }
 OPERATIONS = {**PURE, **VIEWS, **WRITES}
+BLOCKS: Dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+LOST = {"compute", "number", "draw", "chance", *BLOCKS}  # what tracing would leave out, or make a constant
 CUTTING = {"detach", "data", "copy_", "out", "where", "size", "check", "update"}  # gradients do not pass all of these
 
 
 class Named(NamedTuple):
     first: torch.Tensor
     second: torch.Tensor
+
+
+class Dice:
+    """What a plan draws is that of this seed, however much else was drawn."""
+
+    seed = 0
+
+    @classmethod
+    def draw(cls) -> torch.Tensor:
+        torch.manual_seed(cls.seed)
+        return torch.rand(4)
 
 
 class Failure(Exception):
@@ -228,6 +247,31 @@ class Built(nn.Module):
         rows = self._note("getitem", shape[0])
         self._note("_assert", torch._assert(self._note("eq", rows == 2), "two rows"))
 
+    def _step_block(self, values: List[Any], kind: str, steps: Tuple[Any, ...]) -> None:
+        before = len(values)
+        with BLOCKS[kind]():
+            self._take(steps, values)
+        if kind == "autocast":  # what comes later takes no bfloat16
+            values[before:] = [value.float() for value in values[before:]]
+
+    def _step_draw(self, values: List[Any], operand: int) -> None:
+        values.append(values[-1 - operand % len(values)] + Dice.draw())
+
+    def _step_chance(self, values: List[Any], steps: Tuple[Any, ...]) -> None:
+        if Dice.draw()[0] < 0.5:
+            self._take(steps, values)
+
+    def _step_compute(self, values: List[Any], number: int, operand: int) -> None:
+        values.append(values[-1 - operand % len(values)] * self._buffer(number).sqrt())
+
+    def _step_number(self, values: List[Any], number: int, operand: int) -> None:
+        values.append(values[-1 - operand % len(values)] * self._buffer(number).mean().item())
+
+    def _buffer(self, number: int) -> Any:
+        """As a forward gets it: by its attribute."""
+        names = [name for name, plan in self._plan.members if plan in ("buffer", "unsaved")]
+        return getattr(self, names[number % len(names)]) if names else torch.ones(4)
+
     def _step_touch(self, values: List[Any]) -> None:
         """What a careless forward does to itself."""
         self._seen = [*getattr(self, "_seen", []), len(values)]
@@ -273,7 +317,8 @@ def build(plan: Net) -> Built:
 
 
 def _build(plan: Net, built: List[nn.Module]) -> Built:
-    module = FORWARDS[plan.arguments](plan)
+    base = FORWARDS[plan.arguments]
+    module = type(base.__name__, (base,), {})(plan)  # a class of its own, so that it alone can become a leaf
     for name, member in plan.members:
         if member == "parameter":
             module.register_parameter(name, nn.Parameter(torch.rand(4)))
@@ -377,13 +422,20 @@ def operands() -> st.SearchStrategy[int]:
     return st.integers(0, 3)
 
 
-def steps(depth: int = 1, failing: bool = False) -> st.SearchStrategy[Tuple[Any, ...]]:
+def steps(depth: int = 1, failing: bool = False, losing: bool = False) -> st.SearchStrategy[Tuple[Any, ...]]:
     numbers, choices = operands(), st.booleans()
     use = st.tuples(st.just("use"), numbers, numbers, choices)
 
     def apply(operations: Dict[str, Chain]) -> st.SearchStrategy[Tuple[Any, ...]]:
         return st.tuples(st.just("apply"), st.sampled_from(sorted(operations)), numbers, numbers, choices)
 
+    if losing:  # and nothing in place: what a leaf writes into its input is not known
+        inner = st.lists(steps(depth - 1, losing=True), max_size=3).map(tuple) if depth else st.just(())
+        kinds = [use, apply(PURE), apply(VIEWS), st.tuples(st.just("mode"), inner, inner)]
+        kinds += [st.tuples(st.just(kind), numbers, numbers) for kind in ("compute", "number")]
+        kinds += [st.tuples(st.just("draw"), numbers), st.tuples(st.just("chance"), inner)]
+        kinds.append(st.tuples(st.just("block"), st.sampled_from(sorted(BLOCKS)), inner))
+        return st.one_of(kinds)
     kinds = [use, apply(PURE), use, apply(WRITES), apply(VIEWS)]
     kinds.append(st.tuples(st.just("split"), numbers))
     kinds.append(st.tuples(st.just("check"), numbers))
@@ -426,4 +478,19 @@ def plans(
         st.lists(steps(failing=failing), min_size=2, max_size=8).map(tuple),
         st.tuples(st.sampled_from(["one", "tuple", "list", "dict", "named"]), operands()),
         st.sampled_from(["x", "scale", "shift"]),
+    )
+
+
+def losing_plans(depth: int = 2) -> st.SearchStrategy[Net]:
+    """Plans of modules that do what tracing would leave out, or make a constant; each may become a leaf."""
+    inside = [st.sampled_from(PURE_LEAVES), st.sampled_from(TENSORS), st.integers(0, 5)]
+    members = st.tuples(
+        PLAIN_NAMES.filter(is_possible), st.one_of([*inside, losing_plans(depth - 1)] if depth else inside)
+    )
+    return st.builds(
+        Net,
+        st.lists(members, min_size=1, max_size=4, unique_by=operator.itemgetter(0)).map(tuple),
+        st.lists(steps(losing=True), min_size=2, max_size=6).map(tuple),
+        st.tuples(st.just("one"), operands()),
+        st.just("x"),
     )
