@@ -552,6 +552,21 @@ def test_opaque_calls_that_write_into_their_input(opaque: nn.Module, warns: int)
     assert len(caught) == warns
 
 
+def test_what_an_opaque_leaf_may_write_is_kept_though_nothing_that_stays_takes_its_value() -> None:
+    class Adding(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.add_(1)
+
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        self.leaf(y) * 2
+        return y + 1
+
+    model = net(forward, fc=nn.Linear(4, 4), leaf=Adding()).eval()
+    extractor = exact(model, "output", tracer_kwargs={"leaf_modules": [Adding]})
+    assert torch.equal(run(extractor, X)["output"], run(model, X))
+
+
 def test_dropout_in_place_writes_in_train_mode_only() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True))
     for mode in (True, False):
@@ -692,6 +707,17 @@ def test_what_can_be_done_with_extractors(how: Any, mode: bool) -> None:
     features = run(how(extractor.train(mode)), X)
     for key in ("0", "2", "3"):
         assert torch.equal(features[key], seen[key][0]), key
+
+
+def test_features_whose_types_differ_by_mode_are_scripted_in_one_mode() -> None:
+    inner = net(lambda self, x: x + 1 if self.training else (x + 1, x * 2))
+    model = net(lambda self, x: (self.inner(x), x)[1], inner=inner)
+    extractor = exact(model, "inner")
+    for mode in ("train", "eval"):
+        getattr(extractor, mode)()
+        with pytest.warns(UserWarning, match=f"the {mode} mode only"):
+            script = torch.jit.script(extractor)
+        assert same(run(script, X), run(extractor, X))
 
 
 def test_gradients_are_those_of_eager_execution() -> None:

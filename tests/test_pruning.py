@@ -423,6 +423,22 @@ def test_a_write_into_several_outputs() -> None:
     assert torch.equal(features(model, ["output"], x)["output"], model(x))
 
 
+def test_operators_of_python_neither_write_nor_give_views() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        inside = (x > 0) & (x < 1)  # operator.and_, which ends as what works in place does
+        product = x @ self.weight
+        half = product / 2
+        half.masked_fill_(inside, 0.0)
+        return half * inside
+
+    model = net(forward, weight=nn.Parameter(torch.rand(4, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        featx.create_feature_extractor(model, ["x", "gt", "lt", "and_", "matmul", "output"])
+    with pytest.warns(featx.FeatureWarning, match="'truediv' is overwritten in place"):
+        featx.create_feature_extractor(model, ["truediv", "output"])
+
+
 def test_what_sorts_a_list_only_reads_a_tensor() -> None:
     def forward(self: Any, x: Any) -> Any:
         y = self.fc(x)
