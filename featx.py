@@ -400,12 +400,12 @@ class NodePathTracer(LeafModuleAwareTracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Name the node of an operation."""
-        if isinstance(node.type, str):  # of which torch.fx makes a value
+        if isinstance(node.type, str):
             node.type = None
         watch = self._watch
         watch.look()
         if watch.blocks or watch.next:
-            self._baked[node], watch.next = {**watch.blocks, **watch.next}, {}
+            self._baked[node] = {**watch.blocks, **watch.next}
         own = None if node.op == "call_module" else node.name
         self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
         return super().proxy(node)
@@ -430,7 +430,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tracer, self.thread = tracer, threading.get_ident()
         self.start = self.state = _modes()
         self.blocks: dict[str, str] = {}  # for each node while a block is open
-        self.next: dict[str, str] = {}  # for the node that comes next
+        self.next: dict[str, str] = {}  # for all that come next
         self.made: dict[int, tuple[torch.Tensor, dict[str, str]]] = {}  # id of a tensor -> it, and for who takes it
 
     @classmethod
@@ -440,7 +440,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @functools.cached_property
     def buffers(self) -> dict[int, torch.Tensor]:
         """The model's buffers of floating point, by id."""
-        return {id(buffer): buffer for buffer in self.tracer.root.buffers() if buffer.dtype.is_floating_point}
+        return {
+            id(buffer): buffer
+            for buffer in self.tracer.root.buffers()
+            if buffer.is_floating_point() or buffer.is_complex()
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
@@ -458,7 +462,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def enter(self, enter: Callable[..., Any], block: Any) -> Any:
-        """Enter a block that changes the grad mode."""
+        """Enter a grad mode."""
         if threading.get_ident() == self.thread:
             self.next.update(self.bake(_GRAD_MODE))
         return enter(block)
@@ -967,7 +971,7 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     parameters = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
     told = {**dict(zip(parameters, node.args)), **node.kwargs}.get("inplace") is True
-    if told or (name.endswith("_") and not name.endswith("__")):
+    if told or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         written = _nodes_in(node.args[:1]) or inputs
         return written, written
     if not isinstance(node.target, str) and library not in ("torch", "_operator", "math", "builtins"):
