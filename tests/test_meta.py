@@ -97,7 +97,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "a function's name in place not believed": (
         "test_pruning.py::test_the_name_of_an_opaque_function_is_believed",
-        {'if told or (name.endswith("_") and not name.endswith("__")):': "if told:"},
+        {' or (name.endswith("_") and not name.endswith("__")):': ":"},
     ),
     "a leaf's part in place not believed": (
         "test_pruning.py::test_an_opaque_leaf_with_an_in_place_part_may_write_its_input",
