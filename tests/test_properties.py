@@ -275,6 +275,36 @@ def returned(model: nn.Module, path: str) -> torch.Tensor:
         hook.remove()
 
 
+@given(losing_plans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 9))
+@example(A_NUMBER_BEFORE_OTHER_BRANCHES, False, False, False, 0)
+def test_what_tracing_loses_is_right_refused_or_said(
+    plan: Net, training: bool, exact: bool, auto_leaf: bool, pick: int
+) -> None:
+    model, Dice.seed = nn.Sequential(build(plan)).train(training), 0
+    paths = ["", *(path for path, module in model.named_modules() if not any(module.children()))]
+    path = paths[pick % len(paths)]
+    refused, losing = False, not LOST.isdisjoint(words_of(plan))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            options = {"suppress_diff_warning": True, "exact": exact, "auto_leaf": auto_leaf}
+            extractor = featx.create_feature_extractor(model, {path or "output": "value"}, **options).train(training)
+        except featx.NodeNameError:  # it is called in one mode only, or in none, or lies in a leaf
+            event("no node")
+            return
+        except featx.UntraceableError:
+            refused = True
+    said = [str(warning.message) for warning in caught if warning.category is featx.FeatureWarning]
+    event("refused" if refused else "said" if said else "right")
+    assert not refused or (losing and exact and not auto_leaf)
+    assert losing or not any("tracing" in message for message in said)
+    assert not (said and exact)
+    if not refused and not said:
+        assert same(
+            seen(model, lambda: extractor(example_input())["value"]), seen(model, lambda: returned(model, path))
+        )
+
+
 # ------------------------------------------------------------------------------- the caller's things
 
 

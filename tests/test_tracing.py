@@ -414,6 +414,16 @@ def test_what_is_drawn_is_said_refused_or_right(case: str) -> None:
     assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
 
 
+def test_a_draw_that_only_picks_the_output() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.fc(x)
+        return y if torch.rand(1) < 2 else x
+
+    model = around(forward)[:2]
+    assert kinds_of(said(model)) == ["random numbers"]
+    assert said(model, "1.fc") == []
+
+
 def test_what_is_drawn_like_the_input_is_a_node() -> None:
     model = around(lambda self, x: self.fc(x + torch.rand_like(x)))
     assert said(model) == said(model, exact=True) == []
