@@ -333,7 +333,8 @@ class NodePathTracer(LeafModuleAwareTracer):
         watch = self._watch = _Watch(self)
         with _Patcher() as patcher, watch:
             for kind in (torch.enable_grad, torch.set_grad_enabled):  # where gradients are enabled no state shows it
-                patcher.patch_method(kind, "__enter__", lambda block, enter=kind.__enter__: watch.enter(enter, block))
+                patcher.patch_method(kind, "__enter__", watch.counting(kind.__enter__, 1))
+                patcher.patch_method(kind, "__exit__", watch.counting(kind.__exit__, -1))
             if "forward" in vars(root):
                 code = getattr(root.forward, "__code__", None)
                 where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
@@ -401,7 +402,7 @@ class NodePathTracer(LeafModuleAwareTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Name the node of an operation."""
         if isinstance(node.type, str):
-            node.type = None
+            node.type = {"float": float, "int": int, "bool": bool}.get(node.type)
         watch = self._watch
         watch.look()
         if watch.blocks or watch.next:
@@ -428,7 +429,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, tracer: NodePathTracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer, self.thread = tracer, threading.get_ident()
-        self.start = self.state = _modes()
+        self.depth = 0  # of blocks that enable gradients
+        self.start = self.state = self.modes()
         self.blocks: dict[str, str] = {}  # for each node while a block is open
         self.next: dict[str, str] = {}  # for all that come next
         self.made: dict[int, tuple[torch.Tensor, dict[str, str]]] = {}  # id of a tensor -> it, and for who takes it
@@ -461,15 +463,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.next.update({} if made else baked)  # a number may decide which way the code goes
         return value
 
-    def enter(self, enter: Callable[..., Any], block: Any) -> Any:
-        """Enter a grad mode."""
-        if threading.get_ident() == self.thread:
-            self.next.update(self.bake(_GRAD_MODE))
-        return enter(block)
+    def counting(self, method: Callable[..., Any], by: int) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            self.depth += by * (threading.get_ident() == self.thread)
+            return method(*arguments)
+
+        return counted
+
+    def modes(self) -> tuple[Any, ...]:
+        """How deep in blocks of autocast, and in which grad mode, this thread is."""
+        torch.autocast_increment_nesting()
+        return torch.autocast_decrement_nesting(), (torch.is_grad_enabled(), self.depth)
 
     def look(self) -> None:
         """See which blocks are open."""
-        state = _modes()
+        state = self.modes()
         if state != self.state:
             self.state, self.blocks = state, {}
             for what, now, start in zip((_AUTOCAST, _GRAD_MODE), state, self.start):
@@ -483,12 +491,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         where = f"the forward of the module {path!r}" if path else "the model's own forward"
         line = _source_line(traceback.walk_stack(None))
         return {what: f"{where} {what}; exact=True, with auto_leaf=True, is right or raises an error{line}"}
-
-
-def _modes() -> tuple[int, bool]:
-    """How many blocks of autocast are open, and whether gradients are enabled."""
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -628,12 +630,7 @@ class _Namer:
         self._exact = bool(self._uncalled)
 
     def name(self, scope: str, own: str | None) -> str:
-        """The name of the next node: ``own`` is torch.fx's name for it, None for a call of a module.
-
-        >>> namer = _Namer()
-        >>> [namer.name("layer1.0", own) for own in ("relu_4", "add_2", "relu_5")]
-        ['layer1.0.relu', 'layer1.0.add', 'layer1.0.relu_1']
-        """
+        """The name of the next node: ``own`` is torch.fx's name for it, None for a call of a module."""
         place = scope if own is None else f"{scope}.{own}" if scope else own
         if own is None and place in self._uncalled:
             self._uncalled.remove(place)
@@ -846,7 +843,8 @@ def _prune(tracer: NodePathTracer, features: dict[str, _Feature], keys: Mapping[
         (nodes[taken], nodes[after]): nodes[writer]
         for (taken, after), writer in _overwritten(operations, sorted(staying), asked).items()
     }
-    tracer._baked = {node: lost for node, lost in tracer._baked.items() if place[node] in staying}
+    kept = staying.union(after for _, after in reads)
+    tracer._baked = {node: lost for node, lost in tracer._baked.items() if place[node] in kept}
     hazards = {} if tracer._exact else _hazards(tracer, features, changes)
     clones = {read: _clone_after(graph, *read) for read in changes} if tracer._exact else {}
     for position in reversed(range(len(nodes))):
@@ -1004,10 +1002,7 @@ def _module_effect(module: nn.Module, training: bool) -> tuple[bool, bool] | Non
 
 @functools.lru_cache(maxsize=None)
 def _aliases(operator_name: str) -> tuple[frozenset[Any], frozenset[Any]] | None:
-    """By position and by name, the arguments that an operator writes to, and those it may return a view of.
-
-    From the schemas that torch declares; None where there are none.
-    """
+    """By position and name, what an operator writes to and what it may return a view of; None without a schema."""
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
     writes: set[Any] = set()
     views: set[Any] = set()
@@ -1361,7 +1356,6 @@ def _parser() -> argparse.ArgumentParser:
     }
     for flag, what in flags.items():
         add(flag, action="store_true", help=what)
-    add("--version", action="version", version=__version__)
     return parser
 
 

@@ -181,7 +181,7 @@ def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]
     assert same(quietly(model)(X)["output"], nets.truth(model, X)["2"])  # which is what torch.fx gives
 
 
-@pytest.mark.parametrize("forward", [no_grad, enable, cast, not_cast])
+@pytest.mark.parametrize("forward", [forward for _, forward in CASES])
 def test_the_line(forward: Callable[..., Any]) -> None:
     model = around(forward)
     (message,) = said(model)
@@ -261,7 +261,7 @@ def scale(self: Any, x: Any) -> Any:
     return self.fc(x * self.scale.sqrt())
 
 
-@pytest.mark.parametrize("forward", [no_grad, cast, not_cast, noise, scale])
+@pytest.mark.parametrize("forward", [no_grad, enable, cast, not_cast, noise, scale])
 def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> None:
     def branches(self: Any, x: Any) -> Any:
         before = self.before(x)
