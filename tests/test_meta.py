@@ -327,11 +327,11 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "blocks of other threads seen": (
         "test_tracing.py::test_what_other_threads_run_is_not_seen_and_not_disturbed",
-        {"if threading.get_ident() == self.thread:": "if True:"},
+        {"by * (threading.get_ident() == self.thread)": "by"},
     ),
     "a warning of what does not stay": (
         "test_tracing.py::test_only_what_depends_on_it_is_concerned",
-        {"lost in tracer._baked.items() if place[node] in staying}": "lost in tracer._baked.items()}"},
+        {"lost in tracer._baked.items() if place[node] in kept}": "lost in tracer._baked.items()}"},
     ),
     "a warning of tables of integers": (
         "test_tracing.py::test_no_false_alarm",
