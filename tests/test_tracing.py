@@ -497,6 +497,7 @@ def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
         found.extend(outcomes(busy, list(busy.parameters())))
         found.append(busy[0][1].scale.sqrt() * torch.zeros(4))
         torch.rand(4)
+        torch.enable_grad().__enter__()  # in which the thread ends
 
     def forward(self: Any, x: Any) -> Any:
         thread = threading.Thread(target=elsewhere)
