@@ -476,3 +476,10 @@ def test_a_trace_inside_of_a_trace() -> None:
     inner = nets.Block()
     model = net(lambda self, x: x + len(featx.get_graph_node_names(inner).eval))
     assert featx.get_graph_node_names(model).eval == ["x", "add"]
+
+
+def test_a_model_that_was_made_for_inference() -> None:
+    """Its buffers may not be written to outside of inference mode, not even with what they hold."""
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    assert featx.get_graph_node_names(model).eval == ["input", "0", "1"]

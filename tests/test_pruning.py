@@ -525,6 +525,7 @@ def test_a_write_into_a_part_of_a_named_tuple(find: Any) -> None:
         ([nn.Flatten(0), nn.Sequential(nn.ReLU(inplace=True))], True),
         ([nn.Tanh(), nn.ReLU(inplace=True)], False),
         ([nn.ReLU(), nn.Identity()], False),
+        ([nn.Identity(), nn.Flatten(0)], False),
     ],
 )
 def test_a_sequence_that_is_a_leaf_writes_what_its_parts_write(parts: list[nn.Module], writes: bool) -> None:
