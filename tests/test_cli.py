@@ -61,6 +61,7 @@ def fails(kind, *, text=()):
     raise getattr(builtins, kind)(*text)
 
 def interrupted():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     os.kill(os.getpid(), signal.SIGINT)
 """
 
