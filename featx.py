@@ -1272,7 +1272,8 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
             if type(item) in _CONTAINERS and id(item) not in seen:
                 seen.add(id(item))
                 held.append(item)
-    noted = [(container, container.copy() if container else {}) for container in held]  # nearly all are empty
+    nothing: Any = {}
+    noted = [(container, container.copy() if container else nothing) for container in held]  # most are empty
 
     def restore(keep: tuple[type, ...] = ()) -> None:
         for module, training in modes:
