@@ -115,7 +115,7 @@ class UntraceableError(fx.proxy.TraceError):
         path: the path of the module whose forward failed, ``""`` for the model itself.
         module_type: the class of that module.
         reason: what happened, and in which line of the model's source.
-        traceable: where the model's own forward failed, the paths of its children that can be traced.
+        traceable: the children that can be traced, where the model's own forward failed.
     """
 
     def __init__(
@@ -340,6 +340,7 @@ class NodePathTracer(LeafModuleAwareTracer):
                 where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
                 watch.next = watch.bake(_REPLACED.format(where))
             graph = super().trace(root, concrete_args)
+            watch.left(self.root)
         self._baked[next(iter(reversed(graph.nodes)))] = watch.next
         return graph
 
@@ -358,6 +359,7 @@ class NodePathTracer(LeafModuleAwareTracer):
                 name = self.node_to_qualname[value.node] if self._exact else path
             else:
                 value = forward(*args, **kwargs)
+                self._watch.left(m)
                 name = self._namer.name(path, None) if self._exact else path
             if name not in self._returned:
                 self._returned[name] = self._as_returned(value)
@@ -416,6 +418,7 @@ class NodePathTracer(LeafModuleAwareTracer):
 _AUTOCAST = "runs a part under torch.autocast, which tracing leaves out"
 _GRAD_MODE = "changes the grad mode, which tracing leaves out"
 _BUFFERS = "computes from buffers, which tracing makes a constant that does not follow load_state_dict"
+_ASSIGNED = "assigns a buffer, which tracing leaves out"
 _RANDOM = "draws random numbers, which tracing makes the same at each call"
 _REPLACED = "was replaced on the instance{}, which tracing ignores, but not in nn.Sequential(model)"
 
@@ -476,12 +479,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return torch.autocast_decrement_nesting(), (torch.is_grad_enabled(), self.depth)
 
     def look(self) -> None:
-        """See which blocks are open."""
         state = self.modes()
         if state != self.state:
             self.state, self.blocks = state, {}
             for what, now, start in zip((_AUTOCAST, _GRAD_MODE), state, self.start):
                 self.blocks.update(self.bake(what) if now != start else {})
+
+    def left(self, module: nn.Module) -> None:
+        if fx.Proxy in map(type, module._buffers.values()):
+            self.next.update(self.bake(_ASSIGNED))
 
     def bake(self, what: str) -> dict[str, str]:
         """The warning of what the forward that runs does; if the tracer is exact, an error."""
@@ -592,7 +598,7 @@ def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
 
 
 def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
-    """Warn if the graphs of the two modes have different names, and say which."""
+    """Warn if the two modes have different names, and say which."""
     train, evaluation = train_tracer.names, eval_tracer.names
     if train == evaluation:
         return
@@ -615,11 +621,7 @@ def _warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 class _Namer:
-    """Gives out names by the rules of the module's docstring; knows strings only.
-
-    Args:
-        paths: those of all modules for rule 5; none for rules 1 to 4 alone.
-    """
+    """Gives out names by the rules of the module's docstring; for rule 5 it takes the paths of all modules."""
 
     def __init__(self, paths: Iterable[str] = ()) -> None:
         self._next: dict[str, int] = {}  # stem -> the number after the most recently given form
@@ -684,7 +686,7 @@ def _as_mapping(queries: Any) -> dict[str, str]:
 
 
 def _select(names: Sequence[str], queries: Iterable[str]) -> dict[str, int]:
-    """The position of the last name that equals a query or lies below it, for each query that has one."""
+    """The position of the last name that equals a query or lies below it, where there is one."""
     last = {prefix: position for position, name in enumerate(names) for prefix in _prefixes(name)}
     return {query: last[query] for query in queries if query in last}
 
@@ -721,7 +723,6 @@ def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Itera
 
 
 def _known(tracer: NodePathTracer) -> list[str]:
-    """The names of nodes and, if exact, of modules."""
     return [*tracer.names, *(tracer._returned if tracer._exact else ())]
 
 
@@ -1384,7 +1385,6 @@ def _run(options: argparse.Namespace) -> tuple[int, str]:
 
 
 def _values(extractor: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    """What an extractor gives for the input, if any."""
     if not (options.image or options.input):
         return {}
     given = _read_image(options.image) if options.image else torch.rand(options.input)
@@ -1458,7 +1458,6 @@ def _cell(value: Any) -> str:
 
 
 def _plot(features: Sequence[tuple[str, Any]], path: str) -> None:
-    """Draw each feature of the first input."""
     figures = importlib.import_module("matplotlib.figure")
     drawn = {key: _picture(value[0]) for key, value in features if isinstance(value, torch.Tensor)}
     figure = figures.Figure(figsize=(9, 1.3 * len(drawn)), layout="constrained")

@@ -19,9 +19,10 @@ from torch import nn
 
 from tests import featx, nets
 from tests.nets import net, same
+from tests.versions import older
 
 X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
-KINDS = ("torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance")
+KINDS = ("torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer")
 
 
 def said(model: nn.Module, queries: Any = "output", **options: Any) -> List[str]:
@@ -385,6 +386,24 @@ def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
     assert list(exact.state_dict()) == list(model.state_dict())
     model[1].scale += 1
     assert torch.equal(exact(X)["output"], model(X))
+
+
+@pytest.mark.skipif(older(torch="2.14"), reason="a proxy cannot stand in for a buffer, so that any way is refused")
+def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        self.scale = x.mean(0) * 0.5 + 1
+        return x * self.scale
+
+    model = around(forward)
+    assert any("assigns a buffer" in message for message in said(model))
+    with pytest.raises(featx.UntraceableError, match="assigns a buffer") as raised:
+        featx.get_graph_node_names(model, exact=True)
+    assert raised.value.path == "1"
+    right, reference = as_leaves(model), copy.deepcopy(model)
+    for _ in range(3):
+        assert torch.equal(right(X)["output"], reference(X))
+    with pytest.raises(featx.UntraceableError, match="assigns a buffer"):
+        featx.get_graph_node_names(model[1], exact=True)
 
 
 DRAWS: Dict[str, Callable[..., Any]] = {
