@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable
 
 import pytest
 import torch
@@ -27,6 +26,10 @@ def net(forward: Callable[..., Any], **members: Any) -> nn.Module:
         else:
             setattr(module, name, member)
     return module
+
+
+def linear() -> nn.Module:
+    return nn.Linear(4, 4)
 
 
 class Block(nn.Module):
@@ -96,7 +99,7 @@ def writes_in_place(kind: str) -> nn.Module:
 
     return net(
         forward,
-        linear=nn.Linear(4, 4),
+        linear=linear(),
         relu=nn.ReLU(inplace=True),
         flatten=nn.Flatten(0),
         dropout=nn.Dropout(0.5),
@@ -171,8 +174,13 @@ def build(name: str) -> nn.Module:
     return get_model(name, **options)
 
 
+def build_with_input(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The same, and an input for it."""
+    return build(name), zoo_input(name)
+
+
 def build_on_meta(name: str) -> nn.Module:
-    """The same with weights that have no values, which is fast."""
+    """A model whose weights have no values, which is fast."""
     with WeightsOnMeta():
         return build(name)
 
@@ -236,83 +244,3 @@ def zoo_input(name: str) -> torch.Tensor:
     sizes = {"vit": 224, "maxvit": 224, "inception": 299, "quantized_inception": 299, "alexnet": 96}
     size = next((size for start, size in sizes.items() if name.startswith(start)), 64)
     return draw(2, 3, size, size)
-
-
-def by_torch_save(module: nn.Module) -> nn.Module:
-    """The module as it comes out of a file."""
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-
-
-def snapshot(value: Any) -> Any:
-    """The value as it is now: later in-place writes do not reach it."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, tuple):
-        items = [snapshot(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [snapshot(item) for item in value]
-    if isinstance(value, dict):
-        return type(value)((key, snapshot(item)) for key, item in value.items())
-    return value
-
-
-class Snapshots(fx.Interpreter):
-    """Runs a graph and keeps a clone of every node's value, taken when it was made."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.seen[n.name] = snapshot(value)
-        return value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        plain = [list(value) if isinstance(value, list) else value for value in args]  # a graph's cannot be changed
-        return super().call_function(target, tuple(plain), kwargs)
-
-
-def truth(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
-    """Name -> what the node's value was when it was made, from an independent run of the whole graph."""
-    from tests import featx
-
-    tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
-    with featx._unchanged(model):
-        module = fx.GraphModule(model, tracer.trace(model))
-    interpreter = Snapshots(module)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        interpreter.run(x.clone())
-    return {name: interpreter.seen[node.name] for node, name in tracer.node_to_qualname.items()}
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bit-equal values of the same structure."""
-    if isinstance(a, torch.Tensor):
-        if not (isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape):
-            return False
-        if a.is_quantized:
-            a, b = a.dequantize(), b.dequantize()
-        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return bool(a == b)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from tests import nets
+from tests.helpers import snapshot
+from tests.nets import linear
 
 
 class Net(NamedTuple):
@@ -66,7 +67,7 @@ class Pair(nn.Module):
 
 
 LEAVES: Dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(4, 4),
+    "linear": lambda: linear(),
     "sigmoid": nn.Sigmoid,
     "relu": nn.ReLU,
     "relu_": lambda: nn.ReLU(inplace=True),
@@ -196,7 +197,7 @@ class Built(nn.Module):
 
     def _note(self, own: str, value: Any) -> Any:
         if self._log is not None:
-            self._log.append(Entry(self._path, own, nets.snapshot(value)))
+            self._log.append(Entry(self._path, own, snapshot(value)))
         return value
 
     def _step_apply(self, values: List[Any], operation: str, first: int, second: int, assigned: bool) -> None:
@@ -362,10 +363,10 @@ def record(model: Built, training: bool) -> Record:
     x = example_input()
     arguments = {"x": {}, "scale": {"scale": 0.5}, "shift": {"shift": 1.5}}[model._plan.arguments]
     for name, value in {"x": x, **arguments}.items():
-        log.append(Entry("", name, nets.snapshot(value)))
+        log.append(Entry("", name, snapshot(value)))
 
     def note(module: nn.Module, args: Any, value: Any) -> None:
-        log.append(Entry(paths[module], None, nets.snapshot(value), module))
+        log.append(Entry(paths[module], None, snapshot(value), module))
 
     with contextlib.ExitStack() as stack, training_mode(model, training):
         for module in model.modules():
@@ -374,7 +375,7 @@ def record(model: Built, training: bool) -> Record:
                 stack.callback(setattr, module, "_log", None)
             if module is not model:
                 stack.callback(module.register_forward_hook(note).remove)
-        return Record(log, nets.snapshot(model(x)))
+        return Record(log, snapshot(model(x)))
 
 
 @contextlib.contextmanager

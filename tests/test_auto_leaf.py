@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
-import warnings
-from typing import Any, List
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import equal, nn
 
 from tests import featx, nets
-from tests.nets import net
-
-X = torch.rand(3, 4)
+from tests.helpers import X, eval_names, extract, node_names, parametrize, same
+from tests.nets import Block, build_on_meta, linear, net
 
 
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 4)
+        self.fc = linear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x) if x.sum() > 0 else -self.fc(x)
@@ -70,83 +68,78 @@ class Constant(nn.Module):
 
 shared = Branching()
 CASES = {
-    "deep": (nn.Sequential(nn.Sequential(nets.Block(), nn.Sequential(Branching())), nets.Block()), [Branching]),
+    "deep": (nn.Sequential(nn.Sequential(Block(), nn.Sequential(Branching())), Block()), [Branching]),
     "shared": (net(lambda self, x: self.a(self.b(x)) + 1, a=shared, b=shared), [Branching]),
-    "type error": (nn.Sequential(Typed(), nets.Block()), [Typed]),
-    "runtime error": (nn.Sequential(nets.Block(), Raising()), [Raising]),
-    "one mode": (nn.Sequential(nets.Block(), TrainOnly()), [TrainOnly]),
+    "type error": (nn.Sequential(Typed(), Block()), [Typed]),
+    "runtime error": (nn.Sequential(Block(), Raising()), [Raising]),
+    "one mode": (nn.Sequential(Block(), TrainOnly()), [TrainOnly]),
     "several": (nn.Sequential(Raising(), TrainOnly(), Branching()), [Raising, TrainOnly, Branching]),
-    "nested": (nn.Sequential(nets.Block(), Outer()), [Branching, Outer]),
+    "nested": (nn.Sequential(Block(), Outer()), [Branching, Outer]),
     "constants of the other mode": (nn.Sequential(Constant(), EvalOnly()), [EvalOnly]),
     "constants before": (nn.Sequential(Constant(), Branching(), Constant()), [Branching]),
 }
 
 
-def classes_in(message: str) -> List[str]:
+def classes_in(message: str) -> list[str]:
     (listed,) = re.findall(r"tracer_kwargs=\{'leaf_modules': \[(.*)\]\} does the same", message)
     return [path.rpartition(".")[2] for path in listed.split(", ")]
 
 
-@pytest.mark.parametrize("case", CASES)
+@parametrize("case", CASES)
 def test_it_equals_passing_the_classes(case: str) -> None:
     model, classes = CASES[case]
     with pytest.raises(featx.UntraceableError):
-        featx.get_graph_node_names(model)
+        node_names(model)
     with pytest.warns(UserWarning, match="became leaves") as caught:
-        names = featx.get_graph_node_names(model, auto_leaf=True)
+        names = featx.get_graph_node_names(model, auto_leaf=True, suppress_diff_warning=True)
     assert classes_in(str(caught[0].message)) == [cls.__name__ for cls in classes]
     assert caught[0].filename == __file__
     by_hand = {"leaf_modules": classes}
-    assert names == featx.get_graph_node_names(model, by_hand)
+    assert names == node_names(model, by_hand)
     queries = [*names.eval, "output"]
     with pytest.warns(UserWarning, match="became leaves"):
-        automatic = featx.create_feature_extractor(model, queries, auto_leaf=True)
-    manual = featx.create_feature_extractor(model, queries, tracer_kwargs=by_hand)
+        automatic = extract(model, queries, auto_leaf=True)
+    manual = extract(model, queries, tracer_kwargs=by_hand)
     assert list(automatic.state_dict()) == list(manual.state_dict())
     for mode in (True, False):
         features = automatic.train(mode)(X)
-        assert nets.same(features, manual.train(mode)(X))
-        assert torch.equal(features["output"], model.train(mode)(X))
+        assert same(features, manual.train(mode)(X))
+        assert equal(features["output"], model.train(mode)(X))
     assert not [name for name in vars(model) if name.startswith("_tensor_constant")]
 
 
 def test_no_warning_where_nothing_failed() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert featx.get_graph_node_names(nets.Block(), auto_leaf=True) == featx.get_graph_node_names(nets.Block())
+    assert node_names(Block(), auto_leaf=True) == node_names(Block())
 
 
 def test_it_is_added_to_what_the_caller_passes_and_non_leaf_modules_win() -> None:
-    model = nn.Sequential(nets.Block(), Branching())
-    kwargs = {"leaf_modules": [nets.Block]}
+    model = nn.Sequential(Block(), Branching())
+    kwargs = {"leaf_modules": [Block]}
     with pytest.warns(UserWarning, match="became leaves"):
-        assert featx.get_graph_node_names(model, kwargs, auto_leaf=True).eval == ["input", "0", "1"]
-    assert kwargs == {"leaf_modules": [nets.Block]}
+        assert eval_names(model, kwargs, auto_leaf=True) == ["input", "0", "1"]
     with pytest.raises(featx.UntraceableError, match="Branching at '1'"):
-        featx.get_graph_node_names(model, {"non_leaf_modules": [Branching]}, auto_leaf=True)
+        node_names(model, {"non_leaf_modules": [Branching]}, auto_leaf=True)
 
 
 def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
     def forward(self: Any, x: Any) -> Any:
         return self.head(self.backbone(x)) if x.sum() > 0 else x
 
-    parts = {"backbone": nn.Sequential(nets.Block()), "head": nn.Linear(4, 4), "bad": nn.Sequential(Branching())}
-    model = net(forward, **parts)
+    model = net(forward, backbone=nn.Sequential(Block()), head=linear(), bad=nn.Sequential(Branching()))
     for auto_leaf in (True, False):
         with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
-            featx.get_graph_node_names(model, auto_leaf=auto_leaf)
+            node_names(model, auto_leaf=auto_leaf)
         assert raised.value.traceable == ["backbone"]
         assert str(raised.value).endswith("\nIts children backbone can be traced by themselves.")
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.collected(nets.in_zoo, nets.UNTRACEABLE))
+@parametrize("name", nets.collected(nets.in_zoo, nets.UNTRACEABLE))
 def test_the_untraceable_of_the_zoo_lead_to_something_that_works(name: str) -> None:
-    model = nets.build_on_meta(name)
+    model = build_on_meta(name)
     with pytest.raises(featx.UntraceableError) as raised:
-        featx.create_feature_extractor(model, "output", auto_leaf=True)
+        extract(model, "output", auto_leaf=True)
     assert raised.value.traceable
     for path in raised.value.traceable:
         child = model.get_submodule(path)
-        last = featx.get_graph_node_names(child, suppress_diff_warning=True).eval[-1]
-        assert featx.create_feature_extractor(child, last, suppress_diff_warning=True).eval_graph.nodes
+        assert extract(child, eval_names(child)[-1]).eval_graph.nodes

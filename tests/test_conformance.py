@@ -9,17 +9,22 @@ import random
 import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Iterator, Mapping
 
 import jsonschema
 import pytest
 import torch
-from torch import fx, nn
+from torch import equal, fx, nn
 
 from tests import featx, nets
 from tests.conformance import generate, real, slow
+from tests.helpers import (
+    feature_extraction,
+    ignored_warnings,
+    parametrize,
+)
+from tests.nets import build
 
 FOLDER = Path(__file__).parent / "conformance"
 ZOO = sorted(path.stem for path in (FOLDER / "zoo").glob("*.json"))
@@ -27,8 +32,8 @@ MODES = ("train", "eval")
 ERRORS = {"AttributeError": AttributeError, "ValueError": ValueError, "re.error": re.error}
 
 
-def load(name: str) -> Dict[str, Any]:
-    document: Dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+def load(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return document
 
 
@@ -36,7 +41,7 @@ def each(name: str, *, where: Any = lambda vector: True) -> Any:
     """A test for each vector of a file."""
     vectors = [vector for vector in load(name)["vectors"] if where(vector)]
     assert len(vectors) > 10
-    return pytest.mark.parametrize("vector", vectors, ids=[vector["id"] for vector in vectors])
+    return parametrize("vector", vectors, ids=[vector["id"] for vector in vectors])
 
 
 def error_name(error: Exception) -> str:
@@ -67,7 +72,7 @@ def flagged(vector: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
 # --- form ---
 
 
-@pytest.mark.parametrize("name", ["naming", "selection", "pruning", *(f"zoo/{model}" for model in ZOO)])
+@parametrize("name", ["naming", "selection", "pruning", *(f"zoo/{model}" for model in ZOO)])
 def test_a_file_follows_its_schema(name: str) -> None:
     document = load(name)
     schema = json.loads((FOLDER / name).parent.joinpath(document["$schema"]).read_text(encoding="utf-8"))
@@ -75,7 +80,7 @@ def test_a_file_follows_its_schema(name: str) -> None:
     jsonschema.Draft202012Validator(schema).validate(document)
 
 
-def objects(value: Any) -> Iterator[Dict[str, Any]]:
+def objects(value: Any) -> Iterator[dict[str, Any]]:
     """The objects in a document; those of a caller's queries may have any keys."""
     if isinstance(value, dict):
         yield value
@@ -84,7 +89,7 @@ def objects(value: Any) -> Iterator[Dict[str, Any]]:
             yield from objects(item)
 
 
-@pytest.mark.parametrize("name", ["naming", "selection", "pruning", "zoo/alexnet"])
+@parametrize("name", ["naming", "selection", "pruning", "zoo/alexnet"])
 def test_a_schema_admits_nothing_else(name: str) -> None:
     document = load(name)
     schema = json.loads((FOLDER / name).parent.joinpath(document["$schema"]).read_text(encoding="utf-8"))
@@ -104,7 +109,7 @@ def test_a_schema_admits_nothing_else(name: str) -> None:
     validator.validate(document)
 
 
-@pytest.mark.parametrize("name", ["naming", "selection", "pruning"])
+@parametrize("name", ["naming", "selection", "pruning"])
 def test_vectors_are_counted_and_have_ids_of_their_own(name: str) -> None:
     document = load(name)
     ids = [vector["id"] for vector in document["vectors"]]
@@ -113,7 +118,7 @@ def test_vectors_are_counted_and_have_ids_of_their_own(name: str) -> None:
         assert re.fullmatch(r"\S.*\S\.", text), "a sentence"
 
 
-@pytest.mark.parametrize("name", ZOO)
+@parametrize("name", ZOO)
 def test_nodes_of_the_zoo_are_counted(name: str) -> None:
     document = load(f"zoo/{name}")
     assert document["model"] == name
@@ -135,14 +140,14 @@ def test_differences_are_rows_of_both_readmes() -> None:
 # --- naming ---
 
 
-def calls_of(vector: Mapping[str, Any]) -> List[slow.Call]:
+def calls_of(vector: Mapping[str, Any]) -> list[slow.Call]:
     return [
         (call["module"], None) if "module" in call else (call["scope"], call["fx_name"]) for call in vector["calls"]
     ]
 
 
 @each("naming")
-def test_naming(vector: Dict[str, Any]) -> None:
+def test_naming(vector: dict[str, Any]) -> None:
     paths, calls = vector.get("paths", []), calls_of(vector)
     namer = featx._Namer(paths)
     assert [namer.name(*call) for call in calls] == vector["names"]
@@ -161,8 +166,8 @@ class StandIn:
 
 
 @each("naming", where=lambda vector: vector["rules"] == "default")
-def test_naming_by_torchvision(vector: Dict[str, Any]) -> None:
-    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+def test_naming_by_torchvision(vector: dict[str, Any]) -> None:
+    theirs = feature_extraction()
     tracer = theirs.NodePathTracer()
     try:
         for call in calls_of(vector):
@@ -179,17 +184,17 @@ def test_naming_by_torchvision(vector: Dict[str, Any]) -> None:
 ARGUMENTS = ("return_nodes", "train_return_nodes", "eval_return_nodes")
 
 
-def by_mode(value: Any) -> Dict[str, Any]:
+def by_mode(value: Any) -> dict[str, Any]:
     """What is given once holds for both modes."""
     return value if isinstance(value, dict) else dict.fromkeys(MODES, value)
 
 
-def own_answer(vector: Mapping[str, Any]) -> Dict[str, Any]:
+def own_answer(vector: Mapping[str, Any]) -> dict[str, Any]:
     """What a vector says, with both modes written out."""
     return {"error": vector["error"]} if "error" in vector else {"result": by_mode(vector["result"])}
 
 
-def by_functions(vector: Mapping[str, Any]) -> Dict[str, Any]:
+def by_functions(vector: Mapping[str, Any]) -> dict[str, Any]:
     """featx's answer by its functions over strings."""
     found = {}
     try:
@@ -206,13 +211,13 @@ def by_functions(vector: Mapping[str, Any]) -> Dict[str, Any]:
     return {"result": found}
 
 
-def no_match(query: str, mode: str, suggestions: List[str]) -> Dict[str, Any]:
+def no_match(query: str, mode: str, suggestions: list[str]) -> dict[str, Any]:
     return {"kind": "no-match", "mode": mode, "query": query, "suggestions": suggestions}
 
 
-def by_the_slow_way(vector: Mapping[str, Any]) -> Dict[str, Any]:
+def by_the_slow_way(vector: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
-    queries: Dict[str, Dict[str, str]] = {}
+    queries: dict[str, dict[str, str]] = {}
     for mode in MODES:
         asked = vector["return_nodes"] if "return_nodes" in vector else vector[f"{mode}_return_nodes"]
         asked = [asked] if isinstance(asked, str) else asked
@@ -228,7 +233,7 @@ def by_the_slow_way(vector: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 @each("selection")
-def test_selection(vector: Dict[str, Any]) -> None:
+def test_selection(vector: dict[str, Any]) -> None:
     assert by_functions(vector) == own_answer(vector)
     assert by_the_slow_way(vector) == own_answer(vector)
 
@@ -245,12 +250,11 @@ def test_suggestions_for_drawn_names(rng: random.Random) -> None:
     assert found > 100
 
 
-def extract(library: Any, vector: Mapping[str, Any]) -> Dict[str, Any]:
+def extract(library: Any, vector: Mapping[str, Any]) -> dict[str, Any]:
     """A library's answer by its public function, on a real model that has the names."""
     names = by_mode(vector["names"])
     model, kwargs = real.Chain(names), {"leaf_modules": [real.Leaf]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of misleading names and of modes that differ
+    with ignored_warnings():  # of misleading names and of modes that differ
         listed = library.get_graph_node_names(model, dict(kwargs))
         assert dict(zip(MODES, map(list, listed))) == names, "the model is not what it should be"
         arguments = [copy.deepcopy(vector.get(argument)) for argument in ARGUMENTS]
@@ -272,7 +276,7 @@ def test_all_vectors_but_two_have_a_model() -> None:
 
 
 @each("selection", where=has_model)
-def test_selection_on_a_model(vector: Dict[str, Any]) -> None:
+def test_selection_on_a_model(vector: dict[str, Any]) -> None:
     expected = own_answer(vector)
     if "result" in expected:
         assert same_pairs(extract(featx, vector)["result"], expected["result"])
@@ -287,8 +291,8 @@ def test_selection_on_a_model(vector: Dict[str, Any]) -> None:
 
 
 @each("selection", where=has_model)
-def test_selection_by_torchvision(vector: Dict[str, Any]) -> None:
-    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+def test_selection_by_torchvision(vector: dict[str, Any]) -> None:
+    theirs = feature_extraction()
     marked = vector.get("torchvision", {})
     if "result" in marked:
         vector = {**vector, "torchvision": {**marked, "result": by_mode(marked["result"])}}
@@ -307,20 +311,20 @@ def test_selection_by_torchvision(vector: Dict[str, Any]) -> None:
 # --- pruning ---
 
 
-def operations_of(vector: Mapping[str, Any]) -> List[Any]:
+def operations_of(vector: Mapping[str, Any]) -> list[Any]:
     return [
         featx._Operation(*(tuple(node[part]) for part in ("inputs", "writes", "views")), kind=node["kind"])
         for node in vector["nodes"]
     ]
 
 
-def reads_of(vector: Mapping[str, Any]) -> List[Tuple[int, int]]:
+def reads_of(vector: Mapping[str, Any]) -> list[tuple[int, int]]:
     """What is asked for, with the position after which it is taken."""
     return [(at, at) for at in vector["requested"]] if "requested" in vector else [tuple(r) for r in vector["reads"]]
 
 
 @each("pruning")
-def test_pruning(vector: Dict[str, Any]) -> None:
+def test_pruning(vector: dict[str, Any]) -> None:
     requested = vector.get("requested", [])
     reads = [] if requested else reads_of(vector)
     operations, program = operations_of(vector), [slow.Node(**node) for node in vector["nodes"]]
@@ -338,19 +342,19 @@ def has_program(vector: Mapping[str, Any]) -> bool:
     return vector["id"] not in PLAIN_ONLY
 
 
-@pytest.mark.parametrize("name", PLAIN_ONLY)
+@parametrize("name", PLAIN_ONLY)
 def test_what_has_no_operation_of_torch(name: str) -> None:
     (vector,) = (vector for vector in load("pruning")["vectors"] if vector["id"] == name)
     with pytest.raises(NotImplementedError, match="no single operation"):
         real.snapshots(vector["nodes"])
 
 
-def places(graph: fx.Graph, traced: List[str]) -> List[int]:
+def places(graph: fx.Graph, traced: list[str]) -> list[int]:
     """The positions in the traced graph of the nodes that are left; clones were not there."""
     return [traced.index(node.name) for node in graph.nodes if node.name in traced and node.op != "output"]
 
 
-def cut(vector: Mapping[str, Any]) -> Tuple[fx.GraphModule, List[int], List[torch.Tensor]]:
+def cut(vector: Mapping[str, Any]) -> tuple[fx.GraphModule, list[int], list[torch.Tensor]]:
     """The features of a program's reads under their numbers, the nodes that stay, and arguments."""
     model, arguments = real.program_model(vector["nodes"])
     tracer = featx.NodePathTracer(exact="reads" in vector)
@@ -359,9 +363,8 @@ def cut(vector: Mapping[str, Any]) -> Tuple[fx.GraphModule, List[int], List[torc
     reads = reads_of(vector)
     if all(at == after for at, after in reads):
         queries = {tracer.names[at]: str(number) for number, (at, _) in enumerate(reads)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is overwritten
-            extractor = featx.create_feature_extractor(model.eval(), queries, exact="reads" in vector)
+        with ignored_warnings():  # of what is overwritten
+            extractor = extract(model.eval(), queries, exact="reads" in vector)
         return extractor, places(extractor.eval_graph, traced), arguments
     nodes, numbers = list(tracer.graph.nodes), map(str, range(len(reads)))
     features = {number: featx._Feature(nodes[at], nodes[after]) for number, (at, after) in zip(numbers, reads)}
@@ -370,7 +373,7 @@ def cut(vector: Mapping[str, Any]) -> Tuple[fx.GraphModule, List[int], List[torc
 
 
 @each("pruning", where=has_program)
-def test_pruning_by_execution(vector: Dict[str, Any]) -> None:
+def test_pruning_by_execution(vector: dict[str, Any]) -> None:
     """Values against clones of eager execution; a value is another one exactly if it is said to be overwritten."""
     extractor, stays, arguments = cut(vector)
     assert stays == vector["stays"]
@@ -380,7 +383,7 @@ def test_pruning_by_execution(vector: Dict[str, Any]) -> None:
     surely = all(len(node["views"]) < 2 for node in vector["nodes"])
     assert len(values) == len(reads_of(vector))
     for number, read in enumerate(reads_of(vector)):
-        equal = torch.equal(values[str(number)], seen[read])
+        equal = equal(values[str(number)], seen[read])
         if "reads" in vector or read not in overwritten:
             assert equal, read
         elif surely:
@@ -388,8 +391,8 @@ def test_pruning_by_execution(vector: Dict[str, Any]) -> None:
 
 
 @each("pruning", where=lambda vector: has_program(vector) and "requested" in vector)
-def test_pruning_by_torchvision(vector: Dict[str, Any]) -> None:
-    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+def test_pruning_by_torchvision(vector: dict[str, Any]) -> None:
+    theirs = feature_extraction()
     model, _ = real.program_model(vector["nodes"])
     tracer = featx.NodePathTracer()
     traced = [node.name for node in tracer.trace(model).nodes]
@@ -415,8 +418,8 @@ def test_pruning_of_drawn_programs(rng: random.Random) -> None:
             )
 
 
-def drawn_program(rng: random.Random) -> Dict[str, Any]:
-    nodes: List[Dict[str, Any]] = []
+def drawn_program(rng: random.Random) -> dict[str, Any]:
+    nodes: list[dict[str, Any]] = []
     for place in range(rng.randrange(1, 12)):
         kind = "placeholder" if place == 0 else rng.choice(["operation"] * 5 + ["assert"])
         inputs = rng.sample(range(place), min(place, rng.randrange(4)))
@@ -438,7 +441,7 @@ def skip_elsewhere() -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", ZOO)
+@parametrize("name", ZOO)
 def test_the_zoo_is_as_stored(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     skip_elsewhere()
     assert generate.main(["--check", name]) == 0, capsys.readouterr().out
@@ -457,20 +460,20 @@ def test_all_files_are_of_one_origin_which_the_readme_says() -> None:
     assert "all files are of featx {}, torch {} and torchvision {}".format(*origin) in text
 
 
-def note(seen: Dict[str, Any], path: str, module: nn.Module, arguments: Any, value: Any) -> None:
+def note(seen: dict[str, Any], path: str, module: nn.Module, arguments: Any, value: Any) -> None:
     """A hook that keeps the shape of what the first call returned."""
     seen.setdefault(path, generate.shape(value))
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v3_small", "r3d_18", "resnet18", "swin_t", "vit_b_32"])
+@parametrize("name", ["googlenet", "mobilenet_v3_small", "r3d_18", "resnet18", "swin_t", "vit_b_32"])
 def test_shapes_are_those_of_eager_execution(name: str) -> None:
     """On a CPU, by hooks; nothing of fx is in it."""
     skip_elsewhere()
-    model, document = nets.build(name), load(f"zoo/{name}")
+    model, document = build(name), load(f"zoo/{name}")
     x = torch.rand(document["input"]["shape"], generator=torch.Generator().manual_seed(0))
     for mode in MODES:
-        seen: Dict[str, Any] = {}
+        seen: dict[str, Any] = {}
         hooks = [
             module.register_forward_hook(functools.partial(note, seen, path))
             for path, module in model.train(mode == "train").named_modules()
@@ -496,7 +499,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "alexnet.json"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("old", "new", "line"),
     [
         ("[2, 64, 23, 23]", "[2, 64, 23, 24]", "changed features.0: shape [2, 64, 23, 24] -> [2, 64, 23, 23]"),
@@ -575,7 +578,7 @@ def test_without_torchvision_no_file_is_touched(
     assert (tmp_path / "alexnet.json").read_bytes() == (FOLDER / "zoo" / "alexnet.json").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"train": 3}', '{"train": [[]], "eval": "same as train"}'])
+@parametrize("text", ["", "[]", "{", '{"train": 3}', '{"train": [[]], "eval": "same as train"}'])
 def test_a_file_that_is_none(stored: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     stored.write_text(text, encoding="utf-8")
     assert generate.main(["--check", "alexnet"]) == 1
@@ -599,7 +602,7 @@ def test_a_model_that_cannot_be_traced_any_more(
     assert stored.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["no_such_model", "raft_small", "../naming"])
+@parametrize("name", ["no_such_model", "raft_small", "../naming"])
 def test_what_is_no_model_is_said_in_one_line(stored: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert generate.main([name]) == 2
     out, err = capsys.readouterr()

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 import sys
 import warnings
-from typing import Any, Callable, List
+from typing import Any, Callable
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import equal, fx, nn
 
-from tests import featx, nets
-from tests.nets import net
+from tests import featx
+from tests.helpers import (
+    X,
+    by_pickle,
+    eval_names,
+    extract,
+    feature_extraction,
+    ignored_warnings,
+    node_names,
+    parametrize,
+    same,
+)
+from tests.nets import IN_PLACE, Block, build, linear, net, writes_in_place, zoo_input
 from tests.versions import older
 
-torchvision = pytest.importorskip("torchvision.models.feature_extraction")
+torchvision = feature_extraction()
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 LIBRARIES = [torchvision, featx]
@@ -26,12 +36,11 @@ LIBRARIES = [torchvision, featx]
 @pytest.fixture(autouse=True)
 def _no_warnings() -> Any:
     """Both libraries warn where the modes differ, which is not what these tests are about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored_warnings():
         yield
 
 
-def both(call: Callable[[Any], Any]) -> List[Any]:
+def both(call: Callable[[Any], Any]) -> list[Any]:
     """What a call gives with torchvision, and with featx."""
     return [call(library) for library in LIBRARIES]
 
@@ -41,29 +50,29 @@ class Modal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 4)
+        self.fc = linear()
 
     def forward(self, x):  # type: ignore[no-untyped-def]  # torchvision's cannot script annotations that are strings
         return self.fc(x) + (1 if self.training else 2)
 
 
 def test_d01_each_query_its_own_last_node() -> None:
-    model = nn.Sequential(nets.Block(), nets.Block())
+    model = nn.Sequential(Block(), Block())
     theirs, ours = both(lambda library: library.create_feature_extractor(model, ["1", "1.add"])(X))
     whole, last = model(X), ours["1.add"]
-    assert torch.equal(ours["1"], whole)
-    assert torch.equal(last, whole)
-    assert not ("1.add" in theirs and "1" in theirs and torch.equal(theirs["1"], theirs["1.add"]))
+    assert equal(ours["1"], whole)
+    assert equal(last, whole)
+    assert not ("1.add" in theirs and "1" in theirs and equal(theirs["1"], theirs["1.add"]))
 
 
 @pytest.mark.zoo
 def test_d02_nothing_runs_after_the_last_requested_node() -> None:
     query = "encoder.layers.encoder_layer_0.mlp"
-    model = nets.build("vit_b_16").eval()
+    model = build("vit_b_16").eval()
     theirs, ours = both(lambda library: library.create_feature_extractor(model, [query]))
     x = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
-        assert torch.equal(theirs(x)[query], ours(x)[query])
+        assert equal(theirs(x)[query], ours(x)[query])
     parameters = [sum(parameter.numel() for parameter in module.parameters()) for module in (theirs, ours)]
     assert parameters[0] > 78e6
     assert parameters[1] < 8e6
@@ -74,26 +83,26 @@ def test_d02_nothing_runs_after_the_last_requested_node() -> None:
         ours(torch.rand(1, 3, 200, 200))
 
 
-@pytest.mark.parametrize("kind", nets.IN_PLACE)
+@parametrize("kind", IN_PLACE)
 def test_d03_in_place_operations_stay(kind: str) -> None:
-    model = nets.writes_in_place(kind).eval()
-    last = featx.get_graph_node_names(model).eval[-1]
+    model = writes_in_place(kind).eval()
+    last = eval_names(model)[-1]
     with torch.no_grad():
         truth = model(X.clone())
         theirs, ours = both(lambda library: library.create_feature_extractor(model, [last])(X.clone())[last])
-    assert torch.equal(ours, truth)
-    assert not torch.equal(theirs, truth)
+    assert equal(ours, truth)
+    assert not equal(theirs, truth)
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
+@parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
 def test_d03_in_torchvisions_own_models(name: str) -> None:
-    model, x = nets.build(name).eval(), nets.zoo_input(name)
-    last = featx.get_graph_node_names(model).eval[-1]
+    model, x = build(name).eval(), zoo_input(name)
+    last = eval_names(model)[-1]
     with torch.no_grad():
         truth = model(x)
         theirs, ours = both(lambda library: library.create_feature_extractor(model, [last])(x)[last])
-    assert torch.equal(ours, truth)
+    assert equal(ours, truth)
     assert not torch.allclose(theirs, truth)
 
 
@@ -110,10 +119,10 @@ def test_d04_deepcopy_keeps_mode_graphs_and_hooks() -> None:
     assert torch.allclose(their_copy(X)["add"], theirs(X)["add"] - (0 if kept else 1))
     assert not our_copy.training
     assert our_copy(X)["hooked"] == 1
-    assert torch.equal(our_copy(X)["add"], ours(X)["add"])
+    assert equal(our_copy(X)["add"], ours(X)["add"])
 
 
-@pytest.mark.parametrize("how", [lambda module: pickle.loads(pickle.dumps(module)), copy.copy])
+@parametrize("how", [by_pickle, copy.copy])
 def test_d05_pickles_and_copies_have_both_modes(how: Callable[[Any], Any]) -> None:
     theirs, ours = both(lambda library: how(library.create_feature_extractor(Modal().train(), ["add"])))
     difference = [(module.eval()(X)["add"] - module.train()(X)["add"]).round() for module in (theirs, ours)]
@@ -149,8 +158,8 @@ def test_d06_the_mode_is_looked_up_at_each_call() -> None:
 
 
 def test_d07_modes_are_restored() -> None:
-    def after(library: Any) -> List[bool]:
-        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    def after(library: Any) -> list[bool]:
+        model = nn.Sequential(nn.BatchNorm1d(4), linear()).train()
         model[0].eval()
         library.create_feature_extractor(model, ["1"])
         return [module.training for module in model.modules()]
@@ -166,21 +175,21 @@ def test_d07_modes_are_restored() -> None:
 
 
 def test_d08_tracer_kwargs_are_untouched() -> None:
-    def keys(library: Any) -> List[str]:
-        kwargs = {"leaf_modules": [nets.Block]}
-        library.get_graph_node_names(nn.Sequential(nets.Block()), kwargs)
+    def keys(library: Any) -> list[str]:
+        kwargs = {"leaf_modules": [Block]}
+        library.get_graph_node_names(nn.Sequential(Block()), kwargs)
         return [*kwargs, str(len(kwargs["leaf_modules"]))]
 
     theirs, ours = both(keys)
     assert theirs != ours == ["leaf_modules", "1"]
-    model, kwargs = nn.Sequential(nets.Block()), {"leaf_modules": (nets.Block,)}
+    model, kwargs = nn.Sequential(Block()), {"leaf_modules": (Block,)}
     with pytest.raises(TypeError):
         torchvision.get_graph_node_names(model, dict(kwargs))
-    assert featx.get_graph_node_names(model, kwargs).eval == ["input", "0"]
+    assert eval_names(model, kwargs) == ["input", "0"]
 
 
 def test_d09_constants_do_not_stay_on_the_model() -> None:
-    def left(library: Any) -> List[str]:
+    def left(library: Any) -> list[str]:
         model = net(lambda self, x: x + torch.tensor([1.0]))
         library.get_graph_node_names(model)
         return [name for name in vars(model) if name.startswith("_tensor_constant")]
@@ -189,20 +198,20 @@ def test_d09_constants_do_not_stay_on_the_model() -> None:
 
 
 def test_d10_queries_are_literal() -> None:
-    model = nn.Sequential(nets.Block())
+    model = nn.Sequential(Block())
     assert torchvision.create_feature_extractor(model, ["[0]"])(X) == {}
     with pytest.raises(re.error):
         torchvision.create_feature_extractor(model, ["("])
     for query in ("[0]", "("):
         with pytest.raises(featx.NodeNameError, match="no node"):
-            featx.create_feature_extractor(model, [query])
+            extract(model, [query])
 
 
 def test_d11_two_nodes_under_one_key() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(linear(), linear())
     assert list(torchvision.create_feature_extractor(model, {"0": "a", "1": "a"})(X)) == ["a"]
     with pytest.raises(ValueError, match="both '0' and '1' are put under the key 'a'"):
-        featx.create_feature_extractor(model, {"0": "a", "1": "a"})
+        extract(model, {"0": "a", "1": "a"})
 
 
 def sequence(*names: str) -> nn.Sequential:
@@ -212,7 +221,7 @@ def sequence(*names: str) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("model", "repeats", "crash"),
     [
         (sequence("a+b"), 2, None),
@@ -238,25 +247,25 @@ def test_d12_names_are_distinct(model: nn.Module, repeats: int, crash: Any) -> N
     elif repeats > 1:
         theirs = torchvision.get_graph_node_names(wrapped)[1]
         assert len(set(theirs)) < len(theirs)
-    ours = featx.get_graph_node_names(wrapped).eval
+    ours = eval_names(wrapped)
     assert len(set(ours)) == len(ours)
-    features = featx.create_feature_extractor(wrapped, ours)(X)
+    features = extract(wrapped, ours)(X)
     assert list(features) == ours
-    assert torch.equal(features[ours[-1]], wrapped(X))
+    assert equal(features[ours[-1]], wrapped(X))
 
 
 def test_d13_one_query_or_a_tuple() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(linear())
     for queries in ("0", ("0",)):
         with pytest.raises(AttributeError):
             torchvision.create_feature_extractor(model, queries)
-        assert list(featx.create_feature_extractor(model, queries)(X)) == ["0"]
+        assert list(extract(model, queries)(X)) == ["0"]
 
 
-@pytest.mark.parametrize("name", ['a", print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
+@parametrize("name", ['a", print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
 def test_d14_names_never_become_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = net(lambda self, x: self._modules[name](x) + 1)
-    model.add_module(name, nn.Linear(4, 4))
+    model.add_module(name, linear())
 
     def run(library: Any) -> Any:
         try:
@@ -268,7 +277,7 @@ def test_d14_names_never_become_code(name: str, capsys: pytest.CaptureFixture[st
     assert isinstance(theirs, Exception) or name in ("a'b",)
     assert ("executed" in printed) == ("executed" in name)
     ours, printed = run(featx), capsys.readouterr().out
-    assert torch.equal(ours, model(X))
+    assert equal(ours, model(X))
     assert printed == ""
 
 
@@ -297,7 +306,7 @@ def test_d15_naming_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     def ours(model: nn.Module) -> Any:
         sys.setprofile(profile)
         try:
-            return featx.get_graph_node_names(model)
+            return node_names(model)
         finally:
             sys.setprofile(None)
 
@@ -308,7 +317,7 @@ def test_d15_naming_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_d16_no_recompile_on_a_flip(monkeypatch: pytest.MonkeyPatch) -> None:
-    generated: List[fx.Graph] = []
+    generated: list[fx.Graph] = []
     python_code = fx.Graph.python_code
     monkeypatch.setattr(
         fx.Graph,
@@ -332,12 +341,12 @@ class Bad(nn.Module):
 
 
 def test_d17_errors_say_where() -> None:
-    model = nn.Sequential(nets.Block(), nn.Sequential(Bad()))
+    model = nn.Sequential(Block(), nn.Sequential(Bad()))
     with pytest.raises(fx.proxy.TraceError) as theirs:
         torchvision.get_graph_node_names(model)
     assert not re.search(r"1\.0|Bad|leaf_modules", str(theirs.value))
     with pytest.raises(featx.UntraceableError) as ours:
-        featx.get_graph_node_names(model)
+        node_names(model)
     assert (ours.value.path, ours.value.module_type) == ("1.0", Bad)
     for part in (
         "Bad at '1.0'",
@@ -356,7 +365,7 @@ def test_d18_what_misleads_is_said_and_mended() -> None:
     model = net(
         forward,
         ln_1=nn.LayerNorm(4),
-        ln_2=nn.Linear(4, 4),
+        ln_2=linear(),
         relu=nn.ReLU(inplace=True),
         pair=net(lambda self, x: (x * 2, x + 1)),
     )
@@ -366,26 +375,26 @@ def test_d18_what_misleads_is_said_and_mended() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         theirs = torchvision.create_feature_extractor(model, queries)(X)
-        exact = featx.create_feature_extractor(model, [*queries, "ln_2"], exact=True)(X)
+        exact = extract(model, [*queries, "ln_2"], exact=True)(X)
     with pytest.warns(UserWarning, match="exact=True") as caught:
-        ours = featx.create_feature_extractor(model, queries)(X)
+        ours = extract(model, queries)(X)
     assert [str(warning.message).split("'")[1] for warning in caught] == ["ln_1", "pair"]
     # ln_1 is ln_2's output, and overwritten; pair is its last operation.
     for default in (theirs, ours):
-        assert torch.equal(default["ln_1"], second.relu())
-        assert torch.equal(default["pair"], second.relu() + 1)
-    assert torch.equal(exact["ln_1"], first)
-    assert torch.equal(exact["ln_2"], second)
-    assert nets.same(exact["pair"], (second.relu() * 2, second.relu() + 1))
+        assert equal(default["ln_1"], second.relu())
+        assert equal(default["pair"], second.relu() + 1)
+    assert equal(exact["ln_1"], first)
+    assert equal(exact["ln_2"], second)
+    assert same(exact["pair"], (second.relu() * 2, second.relu() + 1))
 
 
 def test_d19_the_models_own_output() -> None:
-    model = net(lambda self, x: {"logits": self.fc(x), "twice": (x * 2, None)}, fc=nn.Linear(4, 4))
+    model = net(lambda self, x: {"logits": self.fc(x), "twice": (x * 2, None)}, fc=linear())
     with pytest.raises(ValueError, match="output"):
         torchvision.create_feature_extractor(model, ["fc", "output"])
-    features = featx.create_feature_extractor(model, ["fc", "output"])(X)
+    features = extract(model, ["fc", "output"])(X)
     assert list(features) == ["fc", "output"]
-    assert nets.same(features["output"], model(X))
+    assert same(features["output"], model(X))
 
 
 def test_d20_modules_of_torchvision_can_be_opened() -> None:
@@ -393,24 +402,24 @@ def test_d20_modules_of_torchvision_can_be_opened() -> None:
     model, kwargs = nn.Sequential(block(3, 4)), {"non_leaf_modules": [block]}
     with pytest.raises(TypeError):
         torchvision.get_graph_node_names(model, dict(kwargs))
-    assert torchvision.get_graph_node_names(model)[1] == featx.get_graph_node_names(model).eval == ["input", "0"]
-    assert featx.get_graph_node_names(model, kwargs).eval == ["input", "0.0", "0.1", "0.2"]
+    assert torchvision.get_graph_node_names(model)[1] == eval_names(model) == ["input", "0"]
+    assert eval_names(model, kwargs) == ["input", "0.0", "0.1", "0.2"]
 
 
 def test_d21_train_that_returns_nothing() -> None:
-    class Silent(nets.Block):
+    class Silent(Block):
         def train(self, mode: bool = True) -> Any:
             super().train(mode)
 
     with pytest.raises(AssertionError):
         torchvision.get_graph_node_names(Silent())
-    assert len(featx.get_graph_node_names(Silent()).eval) == 6
+    assert len(eval_names(Silent())) == 6
 
 
 EITHER = "pass either return_nodes, or both train_return_nodes and eval_return_nodes"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("arguments", "theirs", "kind", "ours"),
     [
         ((["0"], ["0"], None), ValueError, ValueError, EITHER),
@@ -423,11 +432,11 @@ EITHER = "pass either return_nodes, or both train_return_nodes and eval_return_n
     ],
 )
 def test_d22_argument_errors(arguments: Any, theirs: Any, kind: Any, ours: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(linear())
     with pytest.raises(theirs):
         torchvision.create_feature_extractor(model, *arguments)
     with pytest.raises(kind, match=ours):
-        featx.create_feature_extractor(model, *arguments)
+        extract(model, *arguments)
 
 
 def test_d22_a_model_that_is_no_module() -> None:
@@ -435,7 +444,7 @@ def test_d22_a_model_that_is_no_module() -> None:
         with pytest.raises(AttributeError, match="training"):
             torchvision.get_graph_node_names(value)
         with pytest.raises(TypeError, match=r"model takes a torch\.nn\.Module, not"):
-            featx.get_graph_node_names(value)
+            node_names(value)
 
 
 # D23 to D27: what tracing leaves out, or makes a constant.
@@ -444,7 +453,7 @@ def test_d22_a_model_that_is_no_module() -> None:
 class Cast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 4)
+        self.fc = linear()
 
     def forward(self, x):  # type: ignore[no-untyped-def]
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -454,7 +463,7 @@ class Cast(nn.Module):
 class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 4)
+        self.fc = linear()
 
     def forward(self, x):  # type: ignore[no-untyped-def]
         with torch.no_grad():
@@ -475,13 +484,13 @@ class Noisy(nn.Module):
         return x + torch.randn(4)
 
 
-def baked(model: nn.Module, query: str, path: str, *parts: str) -> List[Any]:
+def baked(model: nn.Module, query: str, path: str, *parts: str) -> list[Any]:
     """The extractor of torchvision, which is silent, and that of featx, which says what is lost and where."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         theirs = torchvision.create_feature_extractor(model, [query])
     with pytest.warns(featx.FeatureWarning) as caught:
-        ours = featx.create_feature_extractor(model, [query])
+        ours = extract(model, [query])
     (warning,) = caught
     for part in (path, "exact=True", *parts):
         assert part in str(warning.message)
@@ -490,30 +499,30 @@ def baked(model: nn.Module, query: str, path: str, *parts: str) -> List[Any]:
 
 def refused(model: nn.Module, path: str, kind: Any, line: str) -> None:
     with pytest.raises(featx.UntraceableError) as raised:
-        featx.create_feature_extractor(model, "output", exact=True)
+        extract(model, "output", exact=True)
     assert (raised.value.path, raised.value.module_type) == (path, kind)
     assert line in raised.value.reason
 
 
 def as_leaves(model: nn.Module) -> nn.Module:
-    return featx.create_feature_extractor(model, "output", exact=True, auto_leaf=True)
+    return extract(model, "output", exact=True, auto_leaf=True)
 
 
 def test_d23_autocast() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), Cast())
+    model = nn.Sequential(linear(), Cast())
     truth = model(X)
     assert truth.dtype is torch.bfloat16
     theirs, ours = (extractor(X)["1.fc"] for extractor in baked(model, "1.fc", "'1'", "return self.fc(x)", "autocast"))
     assert theirs.dtype is torch.float32
-    assert torch.equal(theirs, ours)
+    assert equal(theirs, ours)
     refused(model, "1", Cast, "return self.fc(x)")
-    assert nets.same(as_leaves(model)(X)["output"], truth)
+    assert same(as_leaves(model)(X)["output"], truth)
 
 
 def test_d24_no_grad() -> None:
-    model = nn.Sequential(Frozen(), nn.Linear(4, 4))
+    model = nn.Sequential(Frozen(), linear())
 
-    def trained(value: torch.Tensor) -> List[bool]:
+    def trained(value: torch.Tensor) -> list[bool]:
         found = torch.autograd.grad(value.sum(), list(model.parameters()), allow_unused=True)
         return [gradient is not None for gradient in found]
 
@@ -525,30 +534,30 @@ def test_d24_no_grad() -> None:
 
 
 def test_d25_what_is_computed_from_buffers() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), Scaled())
+    model = nn.Sequential(linear(), Scaled())
     extractors = baked(model, "1.mul", "'1'", "return x * self.variance.rsqrt()", "load_state_dict")
-    exact = featx.create_feature_extractor(model, "1.mul", exact=True)
+    exact = extract(model, "1.mul", exact=True)
     before = model(X)
     for extractor in (*extractors, exact):
-        assert torch.equal(extractor(X)["1.mul"], before)
+        assert equal(extractor(X)["1.mul"], before)
     state = {**model.state_dict(), "1.variance": torch.full((4,), 9.0)}
     for extractor in extractors:
         with pytest.raises(RuntimeError, match=r"1\.variance"):
             extractor.load_state_dict(state)
     model.load_state_dict(state)
     for extractor in extractors:
-        assert torch.equal(extractor(X)["1.mul"], before)
-    assert not torch.equal(model(X), before)
-    assert torch.equal(exact(X)["1.mul"], model(X))
+        assert equal(extractor(X)["1.mul"], before)
+    assert not equal(model(X), before)
+    assert equal(exact(X)["1.mul"], model(X))
     exact.load_state_dict({**state, "1.variance": torch.ones(4)})
-    assert torch.equal(exact(X)["1.mul"], model[0](X))
+    assert equal(exact(X)["1.mul"], model[0](X))
 
 
 def test_d26_random_numbers() -> None:
     def draws_anew(module: nn.Module) -> bool:
-        return not nets.same(module(X), module(X))
+        return not same(module(X), module(X))
 
-    model = nn.Sequential(nn.Linear(4, 4), Noisy())
+    model = nn.Sequential(linear(), Noisy())
     assert draws_anew(model)
     extractors = baked(model, "1.add", "'1'", "return x + torch.randn(4)", "random")
     assert [draws_anew(extractor) for extractor in extractors] == [False, False]
@@ -558,21 +567,21 @@ def test_d26_random_numbers() -> None:
     torch.manual_seed(7)
     truth = model(X)
     torch.manual_seed(7)
-    assert torch.equal(right(X)["output"], truth)
+    assert equal(right(X)["output"], truth)
 
 
 def test_d27_a_forward_of_the_instance() -> None:
-    model = net(lambda self, x: self.fc(x), fc=nn.Linear(4, 4), body=nn.Sequential(nn.Linear(4, 4)))
+    model = net(lambda self, x: self.fc(x), fc=linear(), body=nn.Sequential(linear()))
     other = model(X)
     model.forward = lambda x: model.fc(x) * 2
     line = f"{__file__}, line {model.forward.__code__.co_firstlineno}"
     theirs, ours = (
         extractor(X)["fc"] for extractor in baked(model, "fc", "model's own forward", line, "nn.Sequential(model)")
     )
-    assert torch.equal(theirs, other)
-    assert torch.equal(ours, other)
-    assert torch.equal(model(X), other * 2)
+    assert equal(theirs, other)
+    assert equal(ours, other)
+    assert equal(model(X), other * 2)
     refused(model, "", type(model), line)
     wrapped = nn.Sequential(model)
     for options in ({}, {"exact": True}):
-        assert torch.equal(featx.create_feature_extractor(wrapped, "output", **options)(X)["output"], other * 2)
+        assert equal(extract(wrapped, "output", **options)(X)["output"], other * 2)

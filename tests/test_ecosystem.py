@@ -13,15 +13,17 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Type
+from typing import Any, Callable, Mapping, NamedTuple
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import equal, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
-from tests import featx, nets
+from tests import featx
+from tests.helpers import X, in_both_modes, parametrize, same
+from tests.nets import Block, build, linear
 from tests.versions import needs
 
 # fully_shard became public with torch 2.6; the tools that all of this is about change with each release.
@@ -29,7 +31,7 @@ pytestmark = needs("torch.distributed.fsdp.fully_shard", torch="2.6")
 if pytestmark.args[0]:
     pytest.skip(pytestmark.kwargs["reason"], allow_module_level=True)
 
-OPTIONS: List[Dict[str, Any]] = [{}, {"exact": True}]
+OPTIONS: list[dict[str, Any]] = [{}, {"exact": True}]
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
@@ -44,12 +46,12 @@ ZOO = {
     "swin_t": ["features.0", "features.1.1", "features.3"],
 }
 Extract = Callable[..., nn.Module]
-Values = Dict[str, torch.Tensor]
+Values = dict[str, torch.Tensor]
 
 
 @pytest.fixture(params=OPTIONS, ids=str)
 def extract(request: pytest.FixtureRequest) -> Extract:
-    return functools.partial(featx.create_feature_extractor, suppress_diff_warning=True, **request.param)
+    return functools.partial(featx.create_feature_extractor, **request.param)
 
 
 class Branches(nn.Module):
@@ -57,9 +59,9 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nets.Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
-        self.aux = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 4)
+        self.body = nn.Sequential(Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.aux = linear()
+        self.head = linear()
         self.last = nn.Linear(4, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,7 @@ class Branches(nn.Module):
 
 
 def blocks() -> nn.Module:
-    return nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 2))
+    return nn.Sequential(Block(), Block(), nn.Linear(4, 2))
 
 
 def small_vit() -> nn.Module:
@@ -113,7 +115,7 @@ def gradients(values: Values, module: nn.Module) -> Values:
 
 
 def differ(a: Values, b: Values) -> bool:
-    return all(not torch.equal(a[key], b[key]) for key in a)
+    return all(not equal(a[key], b[key]) for key in a)
 
 
 # --- torch.compile ---
@@ -144,7 +146,7 @@ def test_compile(extract: Extract) -> None:
 def test_compile_recompiles_for_a_new_mode_only(extract: Extract) -> None:
     model = Branches()
     extractor = extract(model, MODES)
-    graphs: List[fx.GraphModule] = []
+    graphs: list[fx.GraphModule] = []
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         graphs.append(graph)
@@ -155,14 +157,14 @@ def test_compile_recompiles_for_a_new_mode_only(extract: Extract) -> None:
     for mode in (True, False, True, False):
         compiled.train(mode)
         model.train(mode)
-        assert nets.same(run(compiled, X), eager(model, MODES, X)), mode
+        assert same(run(compiled, X), eager(model, MODES, X)), mode
     assert len(graphs) == 2
 
 
 # --- torch.export ---
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_export_to_a_file(extract: Extract, mode: bool, tmp_path: Path) -> None:
     model = Branches().train(mode)
     program = torch.export.export(
@@ -171,27 +173,27 @@ def test_export_to_a_file(extract: Extract, mode: bool, tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "extractor.pt2")
     loaded = torch.export.load(tmp_path / "extractor.pt2").module()
     for batch in (X, X[:3], torch.cat([X, X.neg()])):
-        assert nets.same(run(loaded, batch), eager(model, MODES, batch)), len(batch)
+        assert same(run(loaded, batch), eager(model, MODES, batch)), len(batch)
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_export_of_a_resnet(extract: Extract, mode: bool, tmp_path: Path) -> None:
-    model = nets.build("resnet18").train(mode)
+    model = build("resnet18").train(mode)
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(extract(model, RESNET), (IMAGES,), dynamic_shapes={"x": {0: batch}})
     torch.export.save(program, tmp_path / "extractor.pt2")
     loaded = torch.export.load(tmp_path / "extractor.pt2")
     assert not [name for name in loaded.state_dict if name.startswith(("layer3", "layer4", "fc"))]
     for images in (IMAGES, IMAGES[:3]):
-        assert nets.same(run(loaded.module(), images), eager(model, RESNET, images))
+        assert same(run(loaded.module(), images), eager(model, RESNET, images))
 
 
 # --- TorchScript ---
 
 
-@pytest.mark.parametrize("name", ["Branches", "resnet18"])
+@parametrize("name", ["Branches", "resnet18"])
 def test_a_scripted_extractor_from_a_file_follows_the_mode(extract: Extract, name: str, tmp_path: Path) -> None:
-    model, paths, x = (Branches(), MODES, X) if name == "Branches" else (nets.build(name), RESNET, IMAGES)
+    model, paths, x = (Branches(), MODES, X) if name == "Branches" else (build(name), RESNET, IMAGES)
     torch.jit.script(extract(model, paths)).save(str(tmp_path / "extractor.pt"))
     loaded = torch.jit.load(str(tmp_path / "extractor.pt"))
     seen = []
@@ -201,7 +203,7 @@ def test_a_scripted_extractor_from_a_file_follows_the_mode(extract: Extract, nam
         loaded.train(mode)
         model.train(mode)
         seen.append(run(loaded, x))
-        assert nets.same(seen[-1], eager(model, paths, x)), mode
+        assert same(seen[-1], eager(model, paths, x)), mode
     assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
 
 
@@ -209,14 +211,14 @@ def test_jit_trace_and_freeze(extract: Extract) -> None:
     model = blocks().eval()
     extractor = extract(model, BLOCKS)
     expected = eager(model, BLOCKS, X)
-    assert nets.same(torch.jit.trace(extractor, X, strict=False)(X), expected)
-    assert nets.same(torch.jit.freeze(torch.jit.script(extractor))(X), expected)
+    assert same(torch.jit.trace(extractor, X, strict=False)(X), expected)
+    assert same(torch.jit.freeze(torch.jit.script(extractor))(X), expected)
 
 
 # --- ONNX ---
 
 
-@pytest.mark.parametrize("build", [blocks, functools.partial(nets.build, "resnet18"), small_vit])
+@parametrize("build", [blocks, functools.partial(build, "resnet18"), small_vit])
 def test_onnx(extract: Extract, build: Callable[[], nn.Module], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -267,9 +269,9 @@ print(*sorted({{"torchvision", "tests"}} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize(("name", "needs"), [("resnet18", "torchvision"), ("Branches", "tests")])
+@parametrize(("name", "needs"), [("resnet18", "torchvision"), ("Branches", "tests")])
 def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str, needs: str, tmp_path: Path) -> None:
-    model = Branches() if name == "Branches" else nets.build(name)
+    model = Branches() if name == "Branches" else build(name)
     paths, x = (MODES, X) if name == "Branches" else (RESNET, IMAGES)
     for saved, file in ((extract(model, paths), "extractor.pt"), (model, "model.pt"), (x, "x.pt")):
         torch.save(saved, tmp_path / file)
@@ -285,7 +287,7 @@ def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str,
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [needs]
     expected = [eager(model.train(mode), paths, x) for mode in (True, False)]
-    assert nets.same(torch.load(tmp_path / "values.pt"), expected)
+    assert same(torch.load(tmp_path / "values.pt"), expected)
     assert differ(*expected)
 
 
@@ -301,11 +303,11 @@ def test_safetensors(extract: Extract, tmp_path: Path) -> None:
     for mode in (False, True):
         model.train(mode)
         extractor.train(mode)
-        assert nets.same(run(extractor, X), eager(model, MODES, X)), mode
+        assert same(run(extractor, X), eager(model, MODES, X)), mode
 
 
 def tied() -> nn.Module:
-    model = nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 4))
+    model = nn.Sequential(Block(), Block(), linear())
     model[1].first.weight = model[0].first.weight
     return model
 
@@ -319,14 +321,14 @@ def test_safetensors_of_tied_weights(extract: Extract, tmp_path: Path) -> None:
     extractor = extract(tied(), BLOCKS)
     assert differ(extractor(X), eager(model, BLOCKS, X))
     assert safetensors.load_model(extractor, file) == (set(), [])
-    assert nets.same(extractor(X), eager(model, BLOCKS, X))
+    assert same(extractor(X), eager(model, BLOCKS, X))
     assert extractor.get_parameter("0.first.weight") is extractor.get_parameter("1.first.weight")
 
 
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("name", ZOO)
+@parametrize("assign", [False, True])
+@parametrize("name", ZOO)
 def test_the_models_state_dict(extract: Extract, name: str, assign: bool) -> None:
-    model, other = nets.build(name).eval(), nets.build(name).eval()
+    model, other = build(name).eval(), build(name).eval()
     paths = {path: path for path in ZOO[name]}
     extractor = extract(other, paths)
     assert differ(extractor(IMAGES), eager(model, paths, IMAGES))
@@ -339,7 +341,7 @@ def test_the_models_state_dict(extract: Extract, name: str, assign: bool) -> Non
     unused = {name.rpartition(".")[0] for name, gradient in zip(names, found) if gradient is None}
     assert sorted(result.unexpected_keys) == sorted(key for key in state if key.rpartition(".")[0] in unused)
     assert unused
-    assert nets.same(extractor(IMAGES), eager(model, paths, IMAGES))
+    assert same(extractor(IMAGES), eager(model, paths, IMAGES))
     first = next(iter(extractor.state_dict()))
     assert (extractor.state_dict()[first].data_ptr() == state[first].data_ptr()) is assign
 
@@ -347,7 +349,7 @@ def test_the_models_state_dict(extract: Extract, name: str, assign: bool) -> Non
 # --- several processes ---
 
 
-def in_two_processes(worker: Callable[[int], Any], folder: Path) -> List[Any]:
+def in_two_processes(worker: Callable[[int], Any], folder: Path) -> list[Any]:
     torch.multiprocessing.spawn(_rank, args=(worker, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -369,10 +371,10 @@ def images_of(rank: int, step: int) -> torch.Tensor:
 
 def resnet() -> nn.Module:
     torch.manual_seed(0)
-    return nets.build("resnet18")
+    return build("resnet18")
 
 
-def ddp_steps(rank: int, *, extract: Extract) -> List[Values]:
+def ddp_steps(rank: int, *, extract: Extract) -> list[Values]:
     extractor = extract(resnet(), RESNET)
     wrapped = nn.parallel.DistributedDataParallel(extractor, find_unused_parameters=False)
     steps = []
@@ -386,7 +388,7 @@ def ddp_steps(rank: int, *, extract: Extract) -> List[Values]:
 def test_ddp_uses_every_parameter(extract: Extract, tmp_path: Path) -> None:
     """DDP raises in the second step if a parameter was without a gradient in the first."""
     first, second = in_two_processes(functools.partial(ddp_steps, extract=extract), tmp_path)
-    assert nets.same(first, second)
+    assert same(first, second)
     model = resnet()
     names = [name for name, _ in model.named_parameters() if not name.startswith(("layer3", "layer4", "fc"))]
     for step in range(2):
@@ -397,7 +399,7 @@ def test_ddp_uses_every_parameter(extract: Extract, tmp_path: Path) -> None:
             loss_of(eager(model, RESNET, images_of(rank, step), clone=False)).backward()
             shares.append({name: model.get_parameter(name).grad.clone() for name in names})
         # Halves are exact, so the order of dividing and adding does not show.
-        assert nets.same(first[step], {name: (shares[0][name] + shares[1][name]) / 2 for name in names})
+        assert same(first[step], {name: (shares[0][name] + shares[1][name]) / 2 for name in names})
 
 
 class EarlyByHook(nn.Module):
@@ -424,7 +426,7 @@ def test_ddp_of_the_whole_model_raises(tmp_path: Path) -> None:
     assert [len(re.findall("parameters that were not used", message)) for message in messages] == [1, 1]
 
 
-def fsdp_steps(rank: int, *, extract: Extract) -> List[Any]:
+def fsdp_steps(rank: int, *, extract: Extract) -> list[Any]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -457,12 +459,12 @@ def test_fsdp(extract: Extract, tmp_path: Path) -> None:
         for rank in range(2):
             model.zero_grad()
             expected = eager(model, BLOCKS, X[rank::2] + step, clone=False)
-            assert nets.same(by_rank[rank][step][0], expected)
+            assert same(by_rank[rank][step][0], expected)
             loss_of(expected).backward()
             shares.append({name: model.get_parameter(name).grad.clone() for name in names})
         mean = {name: (shares[0][name] + shares[1][name]) / 2 for name in names}
         for rank in range(2):
-            assert nets.same(by_rank[rank][step][1], mean)
+            assert same(by_rank[rank][step][1], mean)
 
 
 # --- torch.func ---
@@ -477,8 +479,8 @@ def test_functional_call(extract: Extract) -> None:
         other.train(mode)
         before = copy.deepcopy(model.state_dict())
         expected = eager(copy.deepcopy(other), MODES, X)
-        assert nets.same(run(lambda x: torch.func.functional_call(extractor, state, (x,)), X), expected), mode
-        assert nets.same(dict(model.state_dict()), dict(before)), "the extractor's own state was used"
+        assert same(run(lambda x: torch.func.functional_call(extractor, state, (x,)), X), expected), mode
+        assert same(dict(model.state_dict()), dict(before)), "the extractor's own state was used"
 
 
 def test_vmap_over_inputs(extract: Extract) -> None:
@@ -500,7 +502,7 @@ def test_func_grad(extract: Extract) -> None:
         return loss_of(torch.func.functional_call(extractor, parameters, (x,)))
 
     actual = torch.func.grad(loss)(parameters, X)
-    assert nets.same(actual, gradients(eager(model, MODES, X, clone=False), extractor))
+    assert same(actual, gradients(eager(model, MODES, X, clone=False), extractor))
     for_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X[:, None])
     one_by_one = [gradients(eager(model, MODES, x[None]), extractor) for x in X]
     assert_close(for_each, {name: torch.stack([each[name] for each in one_by_one]) for name in parameters})
@@ -522,39 +524,39 @@ def test_an_ensemble(extract: Extract) -> None:
 # --- numbers and memory ---
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("name", [*ZOO, "vit"])
+@in_both_modes
+@parametrize("name", [*ZOO, "vit"])
 def test_autocast(extract: Extract, name: str, mode: bool) -> None:
-    model = small_vit() if name == "vit" else nets.build(name)
+    model = small_vit() if name == "vit" else build(name)
     paths = {path: path for path in ZOO.get(name, ["encoder.layers.encoder_layer_0.mlp", "encoder.layers"])}
     extractor = extract(model.train(mode), paths)
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = run(extractor, IMAGES), eager(model, paths, IMAGES)
-    assert nets.same(actual, expected)
+    assert same(actual, expected)
     assert torch.bfloat16 in {value.dtype for value in actual.values()}
-    assert not nets.same(actual, run(extractor, IMAGES))
+    assert not same(actual, run(extractor, IMAGES))
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_channels_last(extract: Extract, mode: bool) -> None:
-    model = nets.build("resnet18").train(mode).to(memory_format=torch.channels_last)
+    model = build("resnet18").train(mode).to(memory_format=torch.channels_last)
     extractor = extract(model, RESNET)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
     actual = run(extractor, images)
-    assert nets.same(actual, eager(model, RESNET, images))
+    assert same(actual, eager(model, RESNET, images))
     for value in actual.values():
         assert value.is_contiguous(memory_format=torch.channels_last)
         assert not value.is_contiguous()
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("name", ZOO)
+@in_both_modes
+@parametrize("name", ZOO)
 def test_gradients(extract: Extract, name: str, mode: bool) -> None:
-    model = nets.build(name).train(mode)
+    model = build(name).train(mode)
     paths = {path: path for path in ZOO[name]}
     extractor = extract(model, paths)
     actual = gradients(run(extractor, IMAGES), extractor)
-    assert nets.same(actual, gradients(eager(model, paths, IMAGES, clone=False), extractor))
+    assert same(actual, gradients(eager(model, paths, IMAGES, clone=False), extractor))
     assert all(gradient.any() for gradient in actual.values())
 
 
@@ -580,7 +582,7 @@ def test_quantization_by_graph(extract: Extract) -> None:
 
     converted = quantized(extractor)
     actual = converted(IMAGES)
-    assert nets.same(actual, {"early": quantized(early)(IMAGES)})
+    assert same(actual, {"early": quantized(early)(IMAGES)})
     assert "quantized" in type(converted.get_submodule("0.0")).__module__
     assert_close(actual, expected, rtol=0, atol=0.05)
     assert differ(actual, expected)
@@ -596,7 +598,7 @@ class Symmetric(nn.Module):
         return weight.triu() + weight.triu(1).T
 
 
-CHANGES: Dict[str, Callable[[nn.Module], Any]] = {
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "parametrize": lambda module: parametrize.register_parametrization(module, "weight", Symmetric()),
     "weight_norm": with_weight_norm,
     "orthogonal": parametrizations.orthogonal,
@@ -605,8 +607,8 @@ CHANGES: Dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("first", ["extract", "change"])
-@pytest.mark.parametrize("change", CHANGES)
+@parametrize("first", ["extract", "change"])
+@parametrize("change", CHANGES)
 def test_changed_weights(extract: Extract, change: str, first: str) -> None:
     model = blocks()
     before = eager(model, BLOCKS, X)
@@ -617,18 +619,18 @@ def test_changed_weights(extract: Extract, change: str, first: str) -> None:
         CHANGES[change](model.get_submodule("0.first"))
         extractor = extract(model, BLOCKS)
     actual, expected = extractor(X), eager(model, BLOCKS, X)
-    assert nets.same(actual, expected)
+    assert same(actual, expected)
     assert differ(actual, before)
     without_clones = eager(model, BLOCKS, X, clone=False)
-    assert nets.same(gradients(actual, extractor), gradients(without_clones, extractor))
+    assert same(gradients(actual, extractor), gradients(without_clones, extractor))
     assert set(extractor.state_dict()) == {name for name in model.state_dict() if not name.startswith("2.")}
 
 
 # --- modules around and inside ---
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@in_both_modes
+@parametrize("use_reentrant", [True, False])
 def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -637,7 +639,7 @@ def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
     x, twin = X.clone().requires_grad_(), X.clone().requires_grad_()
     # The reentrant kind looks for tensors in tuples only, so the dict is made outside.
     keys = list(MODES.values())
-    calls: List[int] = []
+    calls: list[int] = []
 
     def forward(x: torch.Tensor) -> Any:
         calls.append(1)
@@ -645,21 +647,21 @@ def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
 
     actual = run(lambda x: dict(zip(keys, checkpoint(forward, x, use_reentrant=use_reentrant))), x)
     expected = eager(model, MODES, twin, clone=False)
-    assert nets.same(actual, expected)
+    assert same(actual, expected)
     for parameter in extractor.parameters():
         parameter.grad = torch.zeros_like(parameter)
     loss_of(actual).backward()
     got = {name: parameter.grad.clone() for name, parameter in extractor.named_parameters()}
     assert len(calls) == 2, "nothing was computed again"
-    assert nets.same(got, gradients(eager(model, MODES, X, clone=False), extractor))
+    assert same(got, gradients(eager(model, MODES, X, clone=False), extractor))
     loss_of(expected).backward()
-    assert torch.equal(x.grad, twin.grad)
+    assert equal(x.grad, twin.grad)
 
 
 def test_flops_of_an_early_block(extract: Extract) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = nets.build("resnet18").eval()
+    model = build("resnet18").eval()
     extractor = extract(model, "layer1")
     counts = []
     for call in (
@@ -673,18 +675,18 @@ def test_flops_of_an_early_block(extract: Extract) -> None:
     assert 0 < counts[0] == counts[1] < counts[2]
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_symbolic_trace_of_an_extractor(extract: Extract, mode: bool) -> None:
     model = Branches().train(mode)
     traced = fx.symbolic_trace(extract(model, MODES))
-    assert nets.same(run(traced, X), eager(model, MODES, X))
+    assert same(run(traced, X), eager(model, MODES, X))
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("tool", [lambda e: fx.Interpreter(e).run, lambda e: fx.Transformer(e).transform()])
+@in_both_modes
+@parametrize("tool", [lambda e: fx.Interpreter(e).run, lambda e: fx.Transformer(e).transform()])
 def test_tools_of_fx(extract: Extract, tool: Callable[[Any], Callable[..., Any]], mode: bool) -> None:
     model = Branches().train(mode)
-    assert nets.same(run(tool(extract(model, MODES)), X), eager(model, MODES, X))
+    assert same(run(tool(extract(model, MODES)), X), eager(model, MODES, X))
 
 
 def test_fusion_by_fx(extract: Extract) -> None:
@@ -703,7 +705,7 @@ def test_fusion_by_fx(extract: Extract) -> None:
 def test_shapes_without_values(extract: Extract) -> None:
     from torch._subclasses import FakeTensorMode
 
-    model = nets.build("resnet18")
+    model = build("resnet18")
     expected = {key: value.shape for key, value in eager(model, RESNET, IMAGES).items()}
     extractor = extract(model, RESNET)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -728,7 +730,7 @@ def test_averaged_weights(extract: Extract) -> None:
     assert differ(averaged(X), eager(other, MODES, X))
 
 
-@pytest.mark.parametrize("build", ["modes", "vit"])
+@parametrize("build", ["modes", "vit"])
 def test_an_extractor_of_an_extractor(extract: Extract, build: str) -> None:
     model = small_vit() if build == "vit" else Branches()
     layers = "encoder.layers.encoder_layer"
@@ -740,13 +742,13 @@ def test_an_extractor_of_an_extractor(extract: Extract, build: str) -> None:
     for mode in (True, False, True):
         twice.train(mode)
         model.train(mode)
-        assert nets.same(run(twice, x), eager(model, inner, x)), mode
+        assert same(run(twice, x), eager(model, inner, x)), mode
 
 
 def test_hooks_of_submodules_fire(extract: Extract) -> None:
     model = blocks()
     extractor = extract(model, BLOCKS)
-    fired: List[str] = []
+    fired: list[str] = []
     for path in ("0.first", "1.second"):
         module = extractor.get_submodule(path)
         module.register_forward_pre_hook(lambda *_, path=path: fired.append(f"{path} before"))
@@ -755,14 +757,14 @@ def test_hooks_of_submodules_fire(extract: Extract) -> None:
     actual = extractor(X.clone().requires_grad_())
     loss_of(actual).backward()
     assert fired == ["0.first before", "1.second before", "1.second backward", "0.first backward"]
-    assert nets.same(actual, eager(model, BLOCKS, X)), "the modules and their hooks are the model's"
+    assert same(actual, eager(model, BLOCKS, X)), "the modules and their hooks are the model's"
     assert differ(actual, eager(copy_of_values(model), BLOCKS, X)), "the hooks changed nothing"
 
 
 def test_containers_are_not_called(extract: Extract) -> None:
     """As in any fx.GraphModule: what is inlined is run by the graph, and its hooks see nothing."""
     for module, calls in ((blocks(), 1), (fx.symbolic_trace(blocks()), 0), (extract(blocks(), BLOCKS), 0)):
-        fired: List[str] = []
+        fired: list[str] = []
         for path in ("0", "0.first"):
             module.get_submodule(path).register_forward_hook(lambda *_, path=path, fired=fired: fired.append(path))
         module(X)
@@ -796,7 +798,7 @@ class Keyed(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: torch.Tensor) -> Dict[str, Any]:
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
         return {"key": self.module(x)}
 
 
@@ -806,7 +808,7 @@ class Eigenvalues(nn.Module):
 
 
 def holding(part: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), part), nn.Linear(4, 2))
+    return lambda: nn.Sequential(nn.Sequential(linear(), part), nn.Linear(4, 2))
 
 
 class Limit(NamedTuple):
@@ -814,7 +816,7 @@ class Limit(NamedTuple):
 
     attempt: Callable[[nn.Module, Path], Any]
     model: Callable[[], nn.Module]
-    error: Type[BaseException]
+    error: type[BaseException]
     message: str
     reason: str
 
@@ -859,7 +861,7 @@ def _parametrized_then_pickled(module: nn.Module, file: Path) -> None:
     pickle.dumps(module)
 
 
-LIMITS: Dict[str, Limit] = {
+LIMITS: dict[str, Limit] = {
     "script_try": Limit(
         lambda module, file: torch.jit.script(module),
         holding(Tries()),
@@ -961,8 +963,8 @@ LIMITS: Dict[str, Limit] = {
 }
 
 
-@pytest.mark.parametrize("on", ["model", "extractor"])
-@pytest.mark.parametrize("name", LIMITS)
+@parametrize("on", ["model", "extractor"])
+@parametrize("name", LIMITS)
 def test_what_torch_cannot_do(extract: Extract, name: str, on: str, tmp_path: Path) -> None:
     limit = LIMITS[name]
     module = limit.model()

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import re
-import warnings
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
-from tests import featx, nets
-from tests.nets import net
+from tests import featx
+from tests.helpers import by_pickle, eval_names, extract, node_names, parametrize, prefixes, suggestions
+from tests.nets import Block, Modes, build_on_meta, linear, net
 
 
-def extract(model: nn.Module, query: Any, **options: Any) -> nn.Module:
-    return featx.create_feature_extractor(model, query, suppress_diff_warning=True, **options)
-
-
-def test_the_types_are_builtins_too() -> None:
+def test_the_types_are_those_of_others_too() -> None:
     assert issubclass(featx.NodeNameError, ValueError)
     assert issubclass(featx.UntraceableError, fx.proxy.TraceError)
+    assert issubclass(featx.LeafModuleAwareTracer, fx.Tracer)
+    assert issubclass(featx.NodePathTracer, featx.LeafModuleAwareTracer)
+    assert issubclass(featx.DualGraphModule, fx.GraphModule)
+    assert set(featx.__all__) <= set(dir(featx))
 
 
 def test_a_typo() -> None:
     with pytest.raises(featx.NodeNameError) as raised:
-        extract(nn.Sequential(nets.Block(), nets.Block()), "1.frist")
+        extract(nn.Sequential(Block(), Block()), "1.frist")
     error = raised.value
     assert (error.query, error.mode, error.suggestions[:1]) == ("1.frist", "train", ["1.first"])
     assert str(error).startswith(
@@ -37,79 +36,81 @@ def test_a_typo() -> None:
 
 
 def test_a_module_whose_calls_are_named_otherwise() -> None:
-    model = nets.net(lambda self, x: self.fc_2(self.fc_1(x)), fc_1=nn.Linear(4, 4), fc_2=nn.Linear(4, 4))
+    model = net(lambda self, x: self.fc_2(self.fc_1(x)), fc_1=linear(), fc_2=linear())
     with pytest.raises(featx.NodeNameError, match="exact=True gives what it returned") as raised:
         extract(model, "fc_2")
     assert raised.value.suggestions == ["fc_1", "fc"]
     with pytest.raises(featx.NodeNameError) as raised:
-        featx.create_feature_extractor(model, "fc_3", exact=True)
+        extract(model, "fc_3", exact=True)
     assert set(raised.value.suggestions) == {"fc_1", "fc_2"}
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", ["resnet18", "swin_t", "vit_b_32"])
+@parametrize("name", ["resnet18", "swin_t", "vit_b_32"])
 def test_letters_that_are_swapped_lead_to_the_right_name_first(name: str, rng: random.Random) -> None:
-    names = featx.get_graph_node_names(nets.build_on_meta(name), suppress_diff_warning=True).eval
-    known = sorted({prefix for name in names for prefix in featx._prefixes(name)})
+    names = eval_names(build_on_meta(name))
+    known = sorted({prefix for name in names for prefix in prefixes(name)})
     tried = 0
     while tried < 50:
         right = rng.choice(known)
-        places = [i for i in range(len(right) - 1) if right[i : i + 2].isalpha() and right[i] != right[i + 1]]
-        if len(right) > 4 and places:
-            i = rng.choice(places)
-            typo = right[:i] + right[i + 1] + right[i] + right[i + 2 :]
-            assert typo in known or featx._suggestions(names, typo)[0] == right
-            tried += typo not in known
+        at = rng.randrange(len(right))
+        pair = right[at : at + 2]
+        if len(right) < 5 or not pair.isalpha() or len(set(pair)) < 2:
+            continue
+        typo = right[:at] + pair[::-1] + right[at + 2 :]
+        if typo not in known:
+            assert suggestions(names, typo)[0] == right
+            tried += 1
 
 
-def test_the_whole_texts() -> None:
-    def text(call: Any) -> str:
-        with pytest.raises(ValueError if call is typo else featx.UntraceableError) as raised:
-            call()
-        return re.sub(r'File ".*", line \d+', 'File "…", line 0', str(raised.value))
+def text_of(model: nn.Module, query: str) -> str:
+    with pytest.raises((featx.NodeNameError, featx.UntraceableError)) as raised:
+        extract(model, query)
+    return re.sub(r'File ".*", line \d+', 'File "…", line 0', str(raised.value))
 
-    def typo() -> None:
-        extract(nn.Sequential(nn.Linear(4, 4)), "00")
 
-    def untraceable() -> None:
-        extract(nn.Sequential(Bad()), "0")
+REMEDIES = (
+    "autowrap_functions=(function,) does so with the calls of a function of your own (builtins such as int and len"
+    " have to be called inside one). concrete_args={'argument': value} fixes an argument that decides which way"
+    " the code goes."
+)
+REASON = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
 
-    def own() -> None:
-        def forward(self: Any, x: Any) -> Any:
-            return self.part(x) if x.sum() > 0 else x
 
-        extract(net(forward, part=nn.Sequential(nn.Linear(4, 4))), "part")
-
-    assert text(typo) == (
+def test_the_whole_text_of_a_typo() -> None:
+    assert text_of(nn.Sequential(linear()), "00") == (
         "no node of the train graph is named '00' or lies below it. The closest: '0'."
         " get_graph_node_names(model) lists all names."
     )
-    remedies = (
-        "autowrap_functions=(function,) does so with the calls of a function of your own (builtins such as int and len"
-        " have to be called inside one). concrete_args={'argument': value} fixes an argument that decides which way"
-        " the code goes."
-    )
-    reason = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
-    assert text(untraceable) == (
-        f"torch.fx cannot trace Bad at '0': {reason}\n"
+
+
+def test_the_whole_text_of_what_cannot_be_traced() -> None:
+    assert text_of(nn.Sequential(Bad()), "0") == (
+        f"torch.fx cannot trace Bad at '0': {REASON}\n"
         '  File "…", line 0, in forward\n    return x if x.sum() > 0 else -x\n'
         f"What helps, in tracer_kwargs: leaf_modules=[Bad] makes each Bad one operation (non_leaf_modules win);"
-        f" {remedies}"
+        f" {REMEDIES}"
     )
-    assert text(own) == (
-        f"torch.fx cannot trace the model's own forward (Net): {reason}\n"
+
+
+def test_the_whole_text_of_an_own_forward() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.part(x) if x.sum() > 0 else x
+
+    assert text_of(net(forward, part=nn.Sequential(linear())), "part") == (
+        f"torch.fx cannot trace the model's own forward (Net): {REASON}\n"
         '  File "…", line 0, in forward\n    return self.part(x) if x.sum() > 0 else x\n'
-        f"What helps, in tracer_kwargs: {remedies}\n"
+        f"What helps, in tracer_kwargs: {REMEDIES}\n"
         "Its children part can be traced by themselves."
     )
 
 
 def test_a_name_of_the_other_mode() -> None:
     with pytest.raises(featx.NodeNameError, match="in the train graph only: pass train_return_nodes and") as raised:
-        extract(nets.Modes(), "aux")
+        extract(Modes(), "aux")
     assert raised.value.mode == "eval"
     with pytest.raises(featx.NodeNameError, match="in the eval graph only") as raised:
-        extract(nets.Modes(), "mul")
+        extract(Modes(), "mul")
     assert raised.value.mode == "train"
 
 
@@ -121,7 +122,7 @@ def test_a_module_inside_of_a_leaf() -> None:
 
 
 def test_a_module_that_never_runs() -> None:
-    model = net(lambda self, x: self.used(x), used=nn.Linear(4, 4), unused=nn.Sequential(nn.Linear(4, 4)))
+    model = net(lambda self, x: self.used(x), used=linear(), unused=nn.Sequential(linear()))
     for query in ("unused", "unused.0"):
         with pytest.raises(featx.NodeNameError, match="a module of the model in which no operation runs in train mode"):
             extract(model, query)
@@ -129,10 +130,10 @@ def test_a_module_that_never_runs() -> None:
 
 def test_errors_can_be_pickled() -> None:
     error = featx.NodeNameError("a", "train", ["b"], "Hint.")
-    twin = pickle.loads(pickle.dumps(error))
+    twin = by_pickle(error)
     assert (str(twin), twin.query, twin.mode, twin.suggestions) == (str(error), "a", "train", ["b"])
     error = featx.UntraceableError("a.b", nn.Linear, "reason")
-    twin = pickle.loads(pickle.dumps(error))
+    twin = by_pickle(error)
     assert (str(twin), twin.path, twin.module_type) == (str(error), "a.b", nn.Linear)
 
 
@@ -146,18 +147,18 @@ class Wrong(nn.Module):
         raise RuntimeError("of its own")
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("model", "path", "kind", "cause"),
     [
         (Bad(), "", Bad, fx.proxy.TraceError),
         (nn.Sequential(Bad()), "0", Bad, fx.proxy.TraceError),
-        (nn.Sequential(nn.Sequential(nets.Block(), Wrong())), "0.1", Wrong, RuntimeError),
+        (nn.Sequential(nn.Sequential(Block(), Wrong())), "0.1", Wrong, RuntimeError),
         (nn.Sequential(net(lambda self, x: int(x))), "0", None, TypeError),
         (net(lambda self, x: nn.Linear(4, 4)(x)), "", None, NameError),
     ],
 )
 def test_what_cannot_be_traced(model: nn.Module, path: str, kind: Any, cause: Any) -> None:
-    for call in (featx.get_graph_node_names, lambda m: extract(m, "x")):
+    for call in (node_names, lambda m: extract(m, "x")):
         with pytest.raises(featx.UntraceableError) as raised:
             call(model)
         error = raised.value
@@ -173,8 +174,8 @@ def test_what_cannot_be_traced(model: nn.Module, path: str, kind: Any, cause: An
 def test_a_builtin_is_recorded_only_inside_a_function_of_ones_own() -> None:
     for model in (net(lambda self, x: x * int(x.sum())), net(lambda self, x: x * len(x))):
         with pytest.raises(featx.UntraceableError, match="such as int and len have to be called inside one"):
-            featx.get_graph_node_names(model, {"autowrap_functions": (int, len)})
-    names = featx.get_graph_node_names(net(lambda self, x: x * rows(x)), {"autowrap_functions": (rows,)}).eval
+            node_names(model, {"autowrap_functions": (int, len)})
+    names = eval_names(net(lambda self, x: x * rows(x)), {"autowrap_functions": (rows,)})
     assert names == ["x", "rows", "mul"]
 
 
@@ -190,11 +191,11 @@ def test_an_error_that_a_forward_handles_is_not_where_the_next_one_was() -> None
             return x if x.sum() > 0 else -x
 
     with pytest.raises(featx.UntraceableError, match="own forward") as raised:
-        featx.get_graph_node_names(net(forward, wrong=Wrong()))
+        node_names(net(forward, wrong=Wrong()))
     assert raised.value.path == ""
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("kwargs", "message"),
     [
         ({"leafs": []}, "unexpected keyword argument 'leafs'"),
@@ -206,20 +207,20 @@ def test_an_error_that_a_forward_handles_is_not_where_the_next_one_was() -> None
 )
 def test_tracer_kwargs(kwargs: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        featx.get_graph_node_names(nn.Sequential(), kwargs)
+        node_names(nn.Sequential(), kwargs)
 
 
 def test_concrete_args() -> None:
     model = net(lambda self, x, flag=True: x)
     with pytest.raises(ValueError, match="concrete_args has 'falg'; the arguments of forward are x, flag"):
-        featx.get_graph_node_names(model, concrete_args={"falg": True})
+        node_names(model, concrete_args={"falg": True})
     with pytest.raises(TypeError, match="'list' object is not a mapping"):
-        featx.get_graph_node_names(model, concrete_args=[1])
+        node_names(model, concrete_args=[1])
     with pytest.raises(ValueError, match=r"concrete_args has \(1, 2\) for 'flag'; it takes single values"):
-        featx.get_graph_node_names(model, concrete_args={"flag": (1, 2)})
+        node_names(model, concrete_args={"flag": (1, 2)})
 
 
-@pytest.mark.parametrize("query", [("0", "key"), ["0"], None])
+@parametrize("query", [("0", "key"), ["0"], None])
 def test_queries_are_read_as_strings(query: Any) -> None:
     with pytest.raises(featx.NodeNameError) as raised:
         extract(nn.Sequential(nn.ReLU()), [query])
@@ -233,18 +234,21 @@ def test_bytes_are_no_query() -> None:
 
 def test_two_queries_under_one_key() -> None:
     with pytest.raises(ValueError, match="both '0' and '1' are put under the key 'a'"):
-        featx.create_feature_extractor(nn.Sequential(nn.ReLU(), nn.ReLU()), None, {"0": "a", "1": "a"}, ["0"])
+        extract(nn.Sequential(nn.ReLU(), nn.ReLU()), None, {"0": "a", "1": "a"}, ["0"])
 
 
 def test_the_warning_says_what_differs_and_points_here() -> None:
     for call in (featx.get_graph_node_names, lambda model: featx.create_feature_extractor(model, ["body"])):
         with pytest.warns(UserWarning, match="differ") as caught:
-            call(nets.Modes())
+            call(Modes())
         (warning,) = caught
         assert warning.filename == __file__
-        assert "only in train mode: aux, mean, add; only in eval mode: mul." in str(warning.message)
-        assert "train_return_nodes and eval_return_nodes" in str(warning.message)
-        assert "suppress_diff_warning=True" in str(warning.message)
+        for part in (
+            "only in train mode: aux, mean, add; only in eval mode: mul.",
+            "train_return_nodes and eval_return_nodes",
+            "suppress_diff_warning=True",
+        ):
+            assert part in str(warning.message)
 
 
 def test_the_warning_is_short() -> None:
@@ -254,21 +258,18 @@ def test_the_warning_is_short() -> None:
         return x
 
     with pytest.warns(UserWarning, match=r"only in train mode: layers.0, [^;]{170,190}, …\. A query"):
-        featx.get_graph_node_names(net(forward, layers=nn.ModuleList(nn.Linear(4, 4) for _ in range(50))))
+        featx.get_graph_node_names(net(forward, layers=nn.ModuleList(linear() for _ in range(50))))
 
 
 def test_no_warning_where_the_modes_agree_or_it_is_suppressed() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        featx.get_graph_node_names(nets.Block())
-        featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
-        featx.create_feature_extractor(nets.Modes(), ["body"], suppress_diff_warning=True)
+    featx.get_graph_node_names(Block())
+    featx.get_graph_node_names(Modes(), suppress_diff_warning=True)
+    featx.create_feature_extractor(Modes(), ["body"], suppress_diff_warning=True)
 
 
 def test_the_warning_function_itself() -> None:
-    tracers: Dict[bool, Any] = {}
-    for mode in (True, False):
-        tracers[mode] = featx.NodePathTracer()
-        tracers[mode].trace(nets.Modes().train(mode))
+    train, evaluation = featx.NodePathTracer(), featx.NodePathTracer()
+    train.trace(Modes())
+    evaluation.trace(Modes().eval())
     with pytest.warns(UserWarning, match="only in train"):
-        featx._warn_graph_differences(tracers[True], tracers[False])
+        featx._warn_graph_differences(train, evaluation)

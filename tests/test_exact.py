@@ -5,39 +5,51 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import pickle
 import warnings
-from typing import Any, Dict, List, NamedTuple, Set
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import equal, fx, nn
 
 from tests import featx, nets
 from tests.conformance import slow
-from tests.nets import net, same
+from tests.helpers import (
+    X,
+    by_pickle,
+    by_torch_save,
+    eval_names,
+    extract,
+    feature_extraction,
+    heard,
+    in_both_modes,
+    node_names,
+    parametrize,
+    same,
+    snapshot,
+    truth,
+)
+from tests.nets import IN_PLACE, Block, build, build_on_meta, build_with_input, linear, net, writes_in_place, zoo_input
 from tests.versions import needs, older
-
-X = torch.rand(3, 4)
 
 
 def exact(model: nn.Module, queries: Any, **options: Any) -> nn.Module:
     """An exact extractor, made without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return featx.create_feature_extractor(model, queries, suppress_diff_warning=True, exact=True, **options)
+        return extract(model, queries, exact=True, **options)
 
 
-def names(model: nn.Module) -> List[str]:
-    return featx.get_graph_node_names(model, suppress_diff_warning=True, exact=True).eval
+def names(model: nn.Module) -> list[str]:
+    return eval_names(model, exact=True)
 
 
-def seen_by_hooks(model: nn.Module, x: torch.Tensor) -> Dict[str, List[Any]]:
+def seen_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, list[Any]]:
     """What each call of each module returned, cloned at that moment, in eager execution."""
-    seen: Dict[str, List[Any]] = collections.defaultdict(list)
+    seen: dict[str, list[Any]] = collections.defaultdict(list)
     hooks = [
-        module.register_forward_hook(lambda m, args, value, path=path: seen[path].append(nets.snapshot(value)))
+        module.register_forward_hook(lambda m, args, value, path=path: seen[path].append(snapshot(value)))
         for path, module in model.named_modules()
         if path
     ]
@@ -49,7 +61,7 @@ def seen_by_hooks(model: nn.Module, x: torch.Tensor) -> Dict[str, List[Any]]:
     return dict(seen)
 
 
-def run(extractor: nn.Module, x: torch.Tensor) -> Dict[str, Any]:
+def run(extractor: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     torch.manual_seed(1)
     with torch.no_grad():
         return extractor(x.clone())
@@ -58,7 +70,7 @@ def run(extractor: nn.Module, x: torch.Tensor) -> Dict[str, Any]:
 # --- the zoo ---
 
 
-def operators() -> List[Any]:
+def operators() -> list[Any]:
     """torchvision's own modules but those that fx cannot trace in train mode; opened, all inside can be asked for."""
     from torchvision import ops
 
@@ -66,10 +78,10 @@ def operators() -> List[Any]:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121", "mobilenet_v3_small", "swin_t", "vit_b_32"])
+@parametrize("opened", [False, True])
+@parametrize("name", ["resnet18", "googlenet", "densenet121", "mobilenet_v3_small", "swin_t", "vit_b_32"])
 def test_all_modules_of_a_model_at_once(name: str, opened: bool) -> None:
-    model, x = nets.build(name), nets.zoo_input(name)
+    model, x = build_with_input(name)
     kwargs = {"non_leaf_modules": operators()} if opened else None
     for mode in (True, False):
         model.train(mode)
@@ -89,15 +101,14 @@ def test_all_modules_of_a_model_at_once(name: str, opened: bool) -> None:
             exact(model, None, train_return_nodes=by_mode[0], eval_return_nodes=by_mode[1], tracer_kwargs=kwargs), x
         )
         assert set(features) == set(queries)
-        assert [query for query in queries if not torch.equal(features[query], expected[query][0])] == []
+        assert [query for query in queries if not equal(features[query], expected[query][0])] == []
 
 
-def warned(model: nn.Module, queries: List[str]) -> Any:
+def warned(model: nn.Module, queries: list[str]) -> Any:
     """An extractor for the mode that the model is in, and what its warnings say, by query."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as caught:
         by_mode = (queries, []) if model.training else ([], queries)
-        extractor = featx.create_feature_extractor(model, None, *by_mode, suppress_diff_warning=True)
+        extractor = extract(model, None, *by_mode)
     texts = [str(warning.message) for warning in caught]
     said = {text.split("'")[1]: text for text in texts}
     assert len(said) == len(texts), "one warning for each query"
@@ -105,15 +116,15 @@ def warned(model: nn.Module, queries: List[str]) -> Any:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.collected(nets.traceable))
+@parametrize("name", nets.collected(nets.traceable))
 def test_warnings_for_all_tensors_of_a_model(name: str) -> None:
-    model, x = nets.build(name), nets.zoo_input(name)
+    model, x = build_with_input(name)
     for mode in (True, False):
         check_warnings_for_all_tensors(model.train(mode), x)  # a call, since all tensors of one mode are enough to keep
 
 
 def check_warnings_for_all_tensors(model: nn.Module, x: torch.Tensor) -> None:
-    expected = {name: value for name, value in nets.truth(model, x).items() if isinstance(value, torch.Tensor)}
+    expected = {name: value for name, value in truth(model, x).items() if isinstance(value, torch.Tensor)}
     extractor, said = warned(model, list(expected))
     values = run(extractor, x)
     assert len(expected) > 20
@@ -122,19 +133,19 @@ def check_warnings_for_all_tensors(model: nn.Module, x: torch.Tensor) -> None:
     assert changed <= overwritten <= changed | believed(said)
 
 
-def believed(said: Dict[str, str]) -> Set[str]:
+def believed(said: dict[str, str]) -> set[str]:
     """Nobody takes the value of this function of MViT v2, so it is believed to write into all that it is given."""
     return {query for query, text in said.items() if "._add_shortcut'" in text}
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
+@parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
 def test_warnings_for_all_modules_of_a_model(name: str) -> None:
-    model, x = nets.build(name), nets.zoo_input(name)
+    model, x = build_with_input(name)
     for mode in (True, False):
         model.train(mode)
         seen = seen_by_hooks(model, x)
-        listed = featx.get_graph_node_names(model, suppress_diff_warning=True)[0 if mode else 1]
+        listed = node_names(model)[0 if mode else 1]
         queries = [path for path in seen if featx._select(listed, [path])]
         extractor, said = warned(model, queries)
         values = run(extractor, x)
@@ -153,11 +164,11 @@ STAGES = {
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", STAGES)
+@parametrize("name", STAGES)
 def test_no_warning_for_stages(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        featx.create_feature_extractor(nets.build_on_meta(name), STAGES[name], suppress_diff_warning=True)
+        extract(build_on_meta(name), STAGES[name])
 
 
 # --- names ---
@@ -167,22 +178,22 @@ def test_the_path_of_a_module_means_that_module() -> None:
     def forward(self: Any, x: Any) -> Any:
         return self.relu(torch.relu(self.fc_2(self.fc_1(x))) + self.ln_1(x))
 
-    model = net(forward, fc_1=nn.Linear(4, 4), fc_2=nn.Linear(4, 4), ln_1=nn.LayerNorm(4), relu=nn.ReLU())
-    default = featx.get_graph_node_names(model).eval
+    model = net(forward, fc_1=linear(), fc_2=linear(), ln_1=nn.LayerNorm(4), relu=nn.ReLU())
+    default = eval_names(model)
     assert default == ["x", "fc", "fc_1", "relu", "ln", "add", "relu_1"]
     assert names(model) == ["x", "fc_1", "fc_2", "relu_1", "ln_1", "add", "relu"]
-    assert featx.get_graph_node_names(model, exact=True).train == names(model)
+    assert node_names(model, exact=True).train == names(model)
     seen = seen_by_hooks(model, X)
     features = run(exact(model, ["fc_1", "fc_2", "ln_1", "relu"]), X)
     assert list(features) == ["fc_1", "fc_2", "ln_1", "relu"]
     for path, value in features.items():
-        assert torch.equal(value, seen[path][0]), path
+        assert equal(value, seen[path][0]), path
 
 
 def test_vits_layer_norms() -> None:
-    model = nets.build_on_meta("vit_b_32")
+    model = build_on_meta("vit_b_32")
     first = "encoder.layers.encoder_layer_0"
-    default, mended = (featx.get_graph_node_names(model, exact=way).eval for way in (False, True))
+    default, mended = (eval_names(model, exact=way) for way in (False, True))
     assert f"{first}.ln" in default
     assert f"{first}.ln" not in mended
     assert [name for name in mended if name.startswith(f"{first}.ln")] == [f"{first}.ln_1", f"{first}.ln_2"]
@@ -212,7 +223,7 @@ def test_a_module_called_again() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.leaf = nets.Block(), nn.Linear(4, 4)
+            self.block, self.leaf = Block(), linear()
             self.block_1 = nn.Tanh()  # a real path, which numbers go around
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -222,23 +233,23 @@ def test_a_module_called_again() -> None:
     seen = seen_by_hooks(model, X)
     features = run(exact(model, ["block", "block_2", "leaf", "leaf_1", "block_1"]), X)
     assert list(features) == ["block", "leaf", "block_1", "block_2", "leaf_1"]
-    assert torch.equal(features["block"], seen["block"][0])
-    assert torch.equal(features["block_2"], seen["block"][1])
-    assert torch.equal(features["leaf"], seen["leaf"][0])
-    assert torch.equal(features["leaf_1"], seen["leaf"][1])
-    assert torch.equal(features["block_1"], seen["block_1"][0])
+    assert equal(features["block"], seen["block"][0])
+    assert equal(features["block_2"], seen["block"][1])
+    assert equal(features["leaf"], seen["leaf"][0])
+    assert equal(features["leaf_1"], seen["leaf"][1])
+    assert equal(features["block_1"], seen["block_1"][0])
     extractor, said = warned(model.eval(), ["block"])
     assert set(said) == {"block"}
-    assert torch.equal(run(extractor, X)["block"], seen["block"][1])
+    assert equal(run(extractor, X)["block"], seen["block"][1])
 
 
 def test_a_module_under_two_paths_has_the_first() -> None:
-    shared = nets.Block()
+    shared = Block()
     model = net(lambda self, x: self.b(self.a(x)), a=shared, b=shared)
     features = run(exact(model, ["a", "a_1"]), X)
     with torch.no_grad():
-        assert torch.equal(features["a"], shared(X))
-        assert torch.equal(features["a_1"], shared(shared(X)))
+        assert equal(features["a"], shared(X))
+        assert equal(features["a_1"], shared(shared(X)))
     with pytest.raises(featx.NodeNameError, match="'b' or lies below it"):
         exact(model, ["b"])
 
@@ -284,10 +295,10 @@ def wrapped(structure: str) -> nn.Module:
         self.inner(x)
         return self.last(torch.sigmoid(x))
 
-    return net(forward, inner=net(inner, fc=nn.Linear(4, 4), buffer=torch.ones(2)), last=nn.Linear(4, 4))
+    return net(forward, inner=net(inner, fc=linear(), buffer=torch.ones(2)), last=linear())
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@parametrize("structure", STRUCTURES)
 def test_structures_come_back(structure: str) -> None:
     model = wrapped(structure)
     seen = seen_by_hooks(model, X)["inner"][0]
@@ -315,27 +326,27 @@ def test_what_is_changed_after_it_was_returned() -> None:
         out["list"].append(x)
         return self.last(out["hidden"])
 
-    inner = net(lambda self, x: {"hidden": self.fc(x), "list": [x + 1]}, fc=nn.Linear(4, 4))
-    model = net(forward, inner=inner, last=nn.Linear(4, 4))
+    inner = net(lambda self, x: {"hidden": self.fc(x), "list": [x + 1]}, fc=linear())
+    model = net(forward, inner=inner, last=linear())
     seen = seen_by_hooks(model, X)["inner"][0]
     features = run(exact(model, ["inner", "inner.fc", "last"]), X)
     assert list(features["inner"]) == ["hidden", "list"]
     assert same(features["inner"], seen)
-    assert torch.equal(features["inner.fc"], seen["hidden"])
-    assert torch.equal(features["last"], model.last(torch.zeros(3, 4)).detach())
+    assert equal(features["inner.fc"], seen["hidden"])
+    assert equal(features["last"], model.last(torch.zeros(3, 4)).detach())
 
 
 @pytest.mark.zoo
 def test_structures_of_the_zoo() -> None:
-    googlenet, x = nets.build("googlenet").train(), nets.zoo_input("googlenet")
+    googlenet, x = build("googlenet").train(), zoo_input("googlenet")
     torch.manual_seed(1)
     with torch.no_grad():
         own = googlenet(x.clone())
     value = run(exact(googlenet, None, train_return_nodes=["output"], eval_return_nodes=[]), x)["output"]
     assert type(value) is type(own)
     assert same(tuple(value), tuple(own))
-    assert torch.equal(value.aux_logits1, own.aux_logits1)
-    model, x = nets.build("lraspp_mobilenet_v3_large").eval(), nets.zoo_input("lraspp_mobilenet_v3_large")
+    assert equal(value.aux_logits1, own.aux_logits1)
+    model, x = build("lraspp_mobilenet_v3_large").eval(), zoo_input("lraspp_mobilenet_v3_large")
     seen = seen_by_hooks(model, x)["backbone"][0]
     features = run(exact(model, ["backbone", "output", "classifier"]), x)
     assert list(seen) == ["low", "high"]
@@ -351,25 +362,25 @@ def test_a_container_that_is_never_called_means_what_is_last_in_it() -> None:
             x = layer(x)
         return x + 1
 
-    model = net(forward, layers=nn.ModuleList([nets.Block(), nets.Block()]))
+    model = net(forward, layers=nn.ModuleList([Block(), Block()]))
     features = run(exact(model, ["layers", "layers.1"]), X)
-    assert torch.equal(features["layers"], features["layers.1"])
+    assert equal(features["layers"], features["layers.1"])
     assert not warned(model.eval(), ["layers", "layers.1"])[1]
 
 
 def test_a_module_that_runs_no_operation() -> None:
-    model = net(lambda self, x: self.fc(self.same(x)), same=net(lambda self, x: x), fc=nn.Linear(4, 4))
-    assert torch.equal(run(exact(model, ["same"]), X)["same"], X)
+    model = net(lambda self, x: self.fc(self.same(x)), same=net(lambda self, x: x), fc=linear())
+    assert equal(run(exact(model, ["same"]), X)["same"], X)
     with pytest.raises(featx.NodeNameError, match="'same' or lies below it"):
-        featx.create_feature_extractor(model, ["same"])
+        extract(model, ["same"])
 
 
 def test_what_is_there_before_anything_runs() -> None:
-    model = net(lambda self: self.fc(self.inner() * torch.ones(4)), inner=net(lambda self: 3.0), fc=nn.Linear(4, 4))
+    model = net(lambda self: self.fc(self.inner() * torch.ones(4)), inner=net(lambda self: 3.0), fc=linear())
     features = exact(model, ["fc", "inner"])()
     assert list(features) == ["inner", "fc"]
     assert features["inner"] == 3.0
-    assert torch.equal(features["fc"], model())
+    assert equal(features["fc"], model())
 
 
 def test_what_a_graph_cannot_hold() -> None:
@@ -399,12 +410,12 @@ def endless(x: Any) -> Any:
     return items
 
 
-@pytest.mark.parametrize("odd", [lambda x: Odd(x, x), endless])
+@parametrize("odd", [lambda x: Odd(x, x), endless])
 def test_classes_that_cannot_be_built_again_disturb_only_whoever_asks_for_them(odd: Any) -> None:
-    model = net(lambda self, x: self.fc(self.inner(x)[0]), inner=net(lambda self, x: odd(x)), fc=nn.Linear(4, 4))
+    model = net(lambda self, x: self.fc(self.inner(x)[0]), inner=net(lambda self, x: odd(x)), fc=linear())
     for options in ({}, {"exact": True}):
-        extractor = featx.create_feature_extractor(model, ["fc"], **options)
-        assert torch.equal(extractor(X)["fc"], model(X))
+        extractor = extract(model, ["fc"], **options)
+        assert equal(extractor(X)["fc"], model(X))
     with pytest.raises(ValueError, match="'inner' returned cannot be a feature"):
         exact(model, ["inner"])
 
@@ -417,29 +428,29 @@ def test_attributes_of_tensors() -> None:
         shape, turned, _ = self.inner(x)
         return self.fc(x).view(shape) + turned.sum()
 
-    model = net(forward, inner=inner, fc=nn.Linear(4, 4))
+    model = net(forward, inner=inner, fc=linear())
     features = run(exact(model, ["inner", "output"]), X)
     assert same(features["inner"], (X.shape, X.mT, X.dtype))
-    assert torch.equal(features["output"], model(X))
+    assert equal(features["output"], model(X))
     constant = net(lambda self, x: self.fc(x + len(self.inner())), inner=net(lambda self: torch.zeros(2, 3).shape))
-    constant.fc = nn.Linear(4, 4)
+    constant.fc = linear()
     assert run(exact(constant, ["inner", "fc"]), X)["inner"] == (2, 3)
-    theirs = pytest.importorskip("torchvision.models.feature_extraction")
-    assert featx.get_graph_node_names(model).eval == theirs.get_graph_node_names(model)[1]
+    theirs = feature_extraction()
+    assert eval_names(model) == theirs.get_graph_node_names(model)[1]
 
 
 # --- what is overwritten ---
 
 
-@pytest.mark.parametrize("kind", nets.IN_PLACE)
+@parametrize("kind", IN_PLACE)
 def test_each_way_of_writing_in_place(kind: str) -> None:
-    model = nets.writes_in_place(kind).eval()
+    model = writes_in_place(kind).eval()
     seen = seen_by_hooks(model, X)["linear"][0]
     listed = names(model)
     features = run(exact(model, ["linear", listed[-1]]), X)
-    assert torch.equal(features["linear"], seen)
+    assert equal(features["linear"], seen)
     with torch.no_grad():
-        assert torch.equal(features[listed[-1]], model(X))
+        assert equal(features[listed[-1]], model(X))
     _, said = warned(model, ["linear", listed[-1]])
     assert list(said) == ["linear"]
     assert "is overwritten in place by" in said["linear"]
@@ -457,18 +468,18 @@ def test_a_write_inside_of_a_module_is_part_of_what_it_returns() -> None:
         y.add_(1)
         return y * 2
 
-    model = net(forward, inner=net(inner, fc=nn.Linear(4, 4)))
+    model = net(forward, inner=net(inner, fc=linear()))
     seen = seen_by_hooks(model, X)
     for queries in (["inner"], ["inner", "mul"], ["inner.fc", "inner", "mul"]):
         features = run(exact(model, queries), X)
         for path in set(queries) & set(seen):
-            assert torch.equal(features[path], seen[path][0]), (queries, path)
+            assert equal(features[path], seen[path][0]), (queries, path)
     assert "is overwritten in place by" not in warned(model.eval(), ["inner"])[1].get("inner", "")
     assert not warned(model, ["inner"])[1], "the write in place returns what the module returns"
 
 
 def test_no_clone_where_none_is_needed() -> None:
-    model = nets.build("resnet18")
+    model = build("resnet18")
     both = [exact(model, ["bn1"]), exact(model, ["layer1", "layer4", "fc"])]
     for extractor in both:
         assert not [node for node in extractor.graph.nodes if node.target is featx._clone]
@@ -484,15 +495,15 @@ def test_the_input_and_tuples_are_cloned_too() -> None:
 
     model = net(forward)
     features = run(exact(model, ["x", "chunk", "add"]), X)
-    assert torch.equal(features["x"], X)
+    assert equal(features["x"], X)
     assert same(tuple(features["chunk"]), X.chunk(2, 1))
-    assert torch.equal(features["add"], X[:, :2] * 3 + 1)
+    assert equal(features["add"], X[:, :2] * 3 + 1)
 
 
 def test_the_first_of_two_inputs_is_cloned() -> None:
     features = exact(net(lambda self, x, y: x.mul_(3) + y), ["x", "add"])(X.clone(), X)
-    assert torch.equal(features["x"], X)
-    assert torch.equal(features["add"], X * 3 + X)
+    assert equal(features["x"], X)
+    assert equal(features["add"], X * 3 + X)
 
 
 def test_a_buffer_is_what_it_was() -> None:
@@ -504,7 +515,7 @@ def test_a_buffer_is_what_it_was() -> None:
     model = net(forward, inner=net(lambda self, x: (self.count, x)[0], count=torch.zeros(4)))
     extractor = exact(model, ["inner", "output"])
     features = run(extractor, X)
-    assert torch.equal(features["inner"], torch.zeros(4))
+    assert equal(features["inner"], torch.zeros(4))
 
 
 class Doubling(nn.Module):
@@ -534,21 +545,20 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
     return x.mul_(2) + 1
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("opaque", "warns"),
     [(Doubling(), 0), (Rectifying(), 1), (Dropping(), 0), (net(lambda self, x: doubled(x)), 0)],
 )
 def test_opaque_calls_that_write_into_their_input(opaque: nn.Module, warns: int) -> None:
     """In doubt they do, which is no ground to warn."""
-    model = nn.Sequential(nn.Linear(4, 4), opaque, nn.Linear(4, 4)).eval()
+    model = nn.Sequential(linear(), opaque, linear()).eval()
     kwargs = {"leaf_modules": [Doubling, Rectifying, Dropping], "autowrap_functions": [doubled]}
     seen = seen_by_hooks(model, X)
     features = run(exact(model, ["0", "2"], tracer_kwargs=kwargs), X)
-    assert torch.equal(features["0"], seen["0"][0])
-    assert torch.equal(features["2"], seen["2"][0])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        featx.create_feature_extractor(model, ["0", "2"], tracer_kwargs=kwargs)
+    assert equal(features["0"], seen["0"][0])
+    assert equal(features["2"], seen["2"][0])
+    with heard() as caught:
+        extract(model, ["0", "2"], tracer_kwargs=kwargs)
     assert len(caught) == warns
 
 
@@ -562,19 +572,19 @@ def test_what_an_opaque_leaf_may_write_is_kept_though_nothing_that_stays_takes_i
         self.leaf(y) * 2
         return y + 1
 
-    model = net(forward, fc=nn.Linear(4, 4), leaf=Adding()).eval()
+    model = net(forward, fc=linear(), leaf=Adding()).eval()
     extractor = exact(model, "output", tracer_kwargs={"leaf_modules": [Adding]})
-    assert torch.equal(run(extractor, X)["output"], run(model, X))
+    assert equal(run(extractor, X)["output"], run(model, X))
 
 
 def test_dropout_in_place_writes_in_train_mode_only() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True))
+    model = nn.Sequential(linear(), nn.Dropout(0.5, inplace=True))
     for mode in (True, False):
         assert set(warned(model.train(mode), ["0", "1"])[1]) == ({"0"} if mode else set())
     # Whoever switches the dropout of an extractor on by hand has exact features all the same.
     extractor = exact(model.eval(), ["0", "1"])
     extractor.get_submodule("1").train()
-    assert torch.equal(run(extractor, X)["0"], model[0](X).detach())
+    assert equal(run(extractor, X)["0"], model[0](X).detach())
 
 
 # --- warnings ---
@@ -592,7 +602,7 @@ class Misleading(nn.Module):
 
 def test_the_texts() -> None:
     with pytest.warns(UserWarning, match="exact=True") as caught:
-        featx.create_feature_extractor(Misleading(), ["ln_1", "relu", "pair", "output"])
+        extract(Misleading(), ["ln_1", "relu", "pair", "output"])
     assert [str(warning.message) for warning in caught] == [
         "the feature 'ln_1' is the value of the module 'ln_2', not what the module 'ln_1' returns,"
         " and is overwritten in place by the module 'relu'; exact=True gives its own value",
@@ -608,15 +618,15 @@ def test_a_hazard_of_one_mode() -> None:
         return torch.relu_(y) if self.training else torch.relu(y)
 
     with pytest.warns(UserWarning, match="'fc' is overwritten in place by the operation 'relu_';"):
-        featx.create_feature_extractor(net(forward, fc=nn.Linear(4, 4)), ["fc", "output"], suppress_diff_warning=True)
+        extract(net(forward, fc=linear()), ["fc", "output"])
 
 
 def test_hazards_do_not_change_values() -> None:
     """The default is torchvision's, with a warning or without."""
-    theirs = pytest.importorskip("torchvision.models.feature_extraction")
+    theirs = feature_extraction()
     model = Misleading().eval()
     with pytest.warns(UserWarning, match="exact=True"):
-        ours = featx.create_feature_extractor(model, ["ln", "ln_1", "pair"])
+        ours = extract(model, ["ln", "ln_1", "pair"])
     assert same(run(ours, X), run(theirs.create_feature_extractor(model, ["ln", "ln_1", "pair"]), X))
 
 
@@ -625,9 +635,9 @@ def test_the_models_own_output_beside_a_module_of_that_name() -> None:
         y = self.output(x)
         return self.fc(y), y
 
-    model = net(forward, output=net(lambda self, x: x), fc=nn.Linear(4, 4))
-    assert same(run(featx.create_feature_extractor(model, ["output"]), X)["output"], model(X))
-    assert torch.equal(run(exact(model, ["output"]), X)["output"], X)
+    model = net(forward, output=net(lambda self, x: x), fc=linear())
+    assert same(run(extract(model, ["output"]), X)["output"], model(X))
+    assert equal(run(exact(model, ["output"]), X)["output"], X)
 
 
 def test_a_later_call_of_a_module_that_works_in_place() -> None:
@@ -640,11 +650,11 @@ def test_a_later_call_of_a_module_that_works_in_place() -> None:
         return self.last(self.act_1(self.act_1(self.twice(self.twice(self.fc(x))))))
 
     parts = {"twice": Doubling(), "act_1": nn.LeakyReLU(0.5, inplace=True)}
-    model = net(forward, fc=nn.Linear(4, 4), last=nn.Linear(4, 4), **parts).eval()
+    model = net(forward, fc=linear(), last=linear(), **parts).eval()
     seen = seen_by_hooks(model, X)
     extractor, said = warned(model, ["twice", "act_1"])
     values = run(extractor, X)
-    assert not torch.equal(values["twice"], seen["twice"][0])
+    assert not equal(values["twice"], seen["twice"][0])
     assert "a later call of the module 'act_1'" in said["act_1"]
     assert set(said) == {"twice", "act_1"}
     features = run(exact(model, ["twice", "twice_1", "act_1", "act_1_1"]), X)
@@ -653,7 +663,7 @@ def test_a_later_call_of_a_module_that_works_in_place() -> None:
 
 
 def test_an_operation_with_the_name_of_a_module_that_is_not_called() -> None:
-    model = net(lambda self, x: F.relu(self.fc(x)) + 1, fc=nn.Linear(4, 4), relu=nn.ReLU()).eval()
+    model = net(lambda self, x: F.relu(self.fc(x)) + 1, fc=linear(), relu=nn.ReLU()).eval()
     assert "'relu' is the value of the operation 'relu', not what the module" in warned(model, ["relu"])[1]["relu"]
     with pytest.raises(featx.NodeNameError, match="a module of the model in which no operation runs"):
         exact(model, ["relu"])
@@ -663,7 +673,7 @@ def test_an_operation_with_the_name_of_a_module_that_is_not_called() -> None:
 
 
 def make_exact() -> Any:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
+    model = nn.Sequential(linear(), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
     extractor = exact(model, ["0", "2", "3"])
     assert [node.target for node in extractor.graph.nodes].count(featx._clone) == 2
     return model, extractor
@@ -685,16 +695,16 @@ def extracted(extractor: nn.Module) -> Any:
     return lambda x: exact(extractor, "output")(x)["output"]
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize(
+@in_both_modes
+@parametrize(
     "how",
     [
         scripted,
         pytest.param(exported, marks=needs("torch.export", torch="2.1")),
         copy.deepcopy,
         copy.copy,
-        nets.by_torch_save,
-        lambda module: pickle.loads(pickle.dumps(module)),
+        by_torch_save,
+        by_pickle,
         pytest.param(compiled, marks=needs("torch.compile", torch="2.0")),
         fx.symbolic_trace,
         extracted,
@@ -706,7 +716,7 @@ def test_what_can_be_done_with_extractors(how: Any, mode: bool) -> None:
     seen = seen_by_hooks(model, X)
     features = run(how(extractor.train(mode)), X)
     for key in ("0", "2", "3"):
-        assert torch.equal(features[key], seen[key][0]), key
+        assert equal(features[key], seen[key][0]), key
 
 
 def test_features_whose_types_differ_by_mode_are_scripted_in_one_mode() -> None:
@@ -725,7 +735,7 @@ def test_gradients_are_those_of_eager_execution() -> None:
     model.eval(), extractor.eval()
     loss = sum((value * (index + 1)).pow(2).sum() for index, value in enumerate(extractor(X).values()))
     ours = torch.autograd.grad(loss, list(model.parameters()))
-    kept: List[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     for at in (0, 2, 3):
         model[at].register_forward_hook(lambda m, args, value: kept.append(value.clone()))
     model(X)

@@ -9,15 +9,16 @@ import linecache
 import math
 import pickle
 import warnings
-from typing import Any, Callable, Dict, List, Set
+from typing import Any, Callable
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import equal, fx, nn
 from torch.nn.utils import prune
 
-from tests import featx, nets
-from tests.nets import net
+from tests import featx
+from tests.helpers import COPIES, X, by_pickle, by_torch_save, extract, in_both_modes, parametrize, same
+from tests.nets import Block, Modes, linear, net
 from tests.versions import needs, older
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
@@ -25,10 +26,10 @@ BOTH = {"body": "b", "head": "h", "output": "o"}
 
 
 def make(model: nn.Module | None = None, **options: Any) -> nn.Module:
-    return featx.create_feature_extractor(model or nets.Modes(), BOTH, suppress_diff_warning=True, **options)
+    return extract(model or Modes(), BOTH, **options)
 
 
-def expected(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+def expected(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """By hand, in the model's own mode; each has operations that the other lacks."""
     body = model.body(x)
     head = model.head(body)
@@ -45,10 +46,8 @@ def check_both_modes(extractor: nn.Module, model: nn.Module, call: Callable[...,
         extractor.train(mode)
         model.train(mode)
         torch.manual_seed(1)
-        assert nets.same(run(call or extractor), _seeded(expected, model)), mode
-    assert not nets.same(run(extractor.train()), run(extractor.eval())), (
-        "the modes do not differ, so this shows nothing"
-    )
+        assert same(run(call or extractor), _seeded(expected, model)), mode
+    assert not same(run(extractor.train()), run(extractor.eval())), "the modes do not differ, so this shows nothing"
 
 
 def _seeded(function: Callable[..., Any], model: nn.Module) -> Any:
@@ -57,17 +56,17 @@ def _seeded(function: Callable[..., Any], model: nn.Module) -> Any:
 
 
 def test_train_and_eval() -> None:
-    model = nets.Modes()
+    model = Modes()
     check_both_modes(make(model), model)
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_it_starts_in_the_models_mode(mode: bool) -> None:
-    assert make(nets.Modes().train(mode)).training is mode
+    assert make(Modes().train(mode)).training is mode
 
 
 def test_frozen_submodules_stay_frozen() -> None:
-    model = nets.Modes().train()
+    model = Modes().train()
     model.body.eval()
     extractor = make(model)
     assert extractor.training
@@ -76,9 +75,7 @@ def test_frozen_submodules_stay_frozen() -> None:
 
 
 def test_the_attribute_set_by_hand() -> None:
-    extractor = featx.create_feature_extractor(
-        nets.Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"], suppress_diff_warning=True
-    )
+    extractor = extract(Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"])
     extractor.training = False
     assert list(extractor(X)) == ["mul"]
     extractor.training = True
@@ -86,9 +83,7 @@ def test_the_attribute_set_by_hand() -> None:
 
 
 def test_a_parents_mode() -> None:
-    extractor = featx.create_feature_extractor(
-        nets.Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"], suppress_diff_warning=True
-    )
+    extractor = extract(Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"])
     parent = nn.Sequential(extractor)
     assert list(parent.eval()(X)) == ["mul"]
     assert list(parent.train()(X)) == ["aux"]
@@ -104,7 +99,7 @@ def test_no_recompile_on_a_flip() -> None:
 
 
 def test_one_graph_for_both_modes_needs_no_choice() -> None:
-    extractor = featx.create_feature_extractor(nets.Block(), ["add"])
+    extractor = extract(Block(), ["add"])
     assert "_featx_train" not in vars(type(extractor))
     assert list(extractor.eval()(X)) == list(extractor.train()(X)) == ["add"]
 
@@ -112,8 +107,8 @@ def test_one_graph_for_both_modes_needs_no_choice() -> None:
 COPIES = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch.save": nets.by_torch_save,
+    "pickle": by_pickle,
+    "torch.save": by_torch_save,
     "twice": lambda module: copy.copy(pickle.loads(pickle.dumps(copy.deepcopy(module)))),
 }
 
@@ -122,15 +117,13 @@ def mark(module: nn.Module, inputs: Any, output: Any) -> Any:
     return {**output, "hooked": torch.ones(1)}
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("mode", [True, False])
+@parametrize("how", COPIES)
+@in_both_modes
 def test_copies(how: str, mode: bool) -> None:
-    model = nets.Modes()
+    model = Modes()
     model.head.weight = model.aux.weight = nn.Parameter(torch.rand(3, 4))  # tied
     model.head.bias = model.aux.bias
-    extractor = featx.create_feature_extractor(
-        model, train_return_nodes=["head", "aux"], eval_return_nodes=["head", "mul"], suppress_diff_warning=True
-    ).train(mode)
+    extractor = extract(model, train_return_nodes=["head", "aux"], eval_return_nodes=["head", "mul"]).train(mode)
     extractor.body.eval()
     extractor.register_forward_hook(mark)
     twin = COPIES[how](extractor)
@@ -142,23 +135,23 @@ def test_copies(how: str, mode: bool) -> None:
     assert (twin.head is extractor.head) == (how == "copy")
     for each in (True, False):
         twin.training = extractor.training = each
-        assert nets.same(run(twin), run(extractor))
+        assert same(run(twin), run(extractor))
         assert list(run(twin))[-1] == "hooked"
         assert twin.code == extractor.code
     assert [n.name for n in twin.train_graph.nodes] == [n.name for n in extractor.train_graph.nodes]
 
 
-@pytest.mark.parametrize("how", COPIES)
+@parametrize("how", COPIES)
 @pytest.mark.skipif(older(torch="2.2"), reason="modules of older torch have no compile()")
 def test_copies_of_what_was_compiled_run_themselves(how: str) -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    extractor = extract(nn.Sequential(linear()), ["0"])
     extractor.compile(backend="eager")
     twin = COPIES[how](extractor)
     twin.get_submodule("0").weight.data.zero_()
-    assert torch.equal(twin(X)["0"], twin.get_submodule("0").bias.expand(6, 4))
+    assert equal(twin(X)["0"], twin.get_submodule("0").bias.expand(6, 4))
 
 
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+@parametrize("how", [copy.copy, copy.deepcopy])
 def test_copies_keep_what_was_noted_at_nodes(how: Callable[[Any], Any]) -> None:
     extractor = make()
     for graph in (extractor.train_graph, extractor.eval_graph):
@@ -192,64 +185,64 @@ def test_targets_that_pickle_cannot_find_by_itself() -> None:
             * x.shape[0]
         )  # which is a call of the builtin getattr
     )
-    extractor = featx.create_feature_extractor(model, "output")
+    extractor = extract(model, "output")
     twin = pickle.loads(pickle.dumps(extractor))
-    assert torch.equal(twin(X)["output"], model(X))
+    assert equal(twin(X)["output"], model(X))
 
 
 def test_targets_without_a_name_can_be_copied() -> None:
-    extractor = featx.create_feature_extractor(nets.Block(), ["add"])
+    extractor = extract(Block(), ["add"])
     for graph in (extractor.train_graph, extractor.eval_graph):
         for node in graph.nodes:
             if node.target is torch.sigmoid:
                 node.target = lambda x: torch.sigmoid(x) * 2
     before = extractor(X)["add"]
     extractor.recompile()
-    assert not torch.equal(extractor(X)["add"], before)
+    assert not equal(extractor(X)["add"], before)
     for how in ("copy", "deepcopy"):
-        assert torch.equal(COPIES[how](extractor)(X)["add"], extractor(X)["add"])
+        assert equal(COPIES[how](extractor)(X)["add"], extractor(X)["add"])
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         pickle.dumps(extractor)
 
 
 def test_script_follows_the_mode() -> None:
-    model = nets.Modes()
+    model = Modes()
     extractor = make(model)
     scripted = torch.jit.script(extractor)
     for mode in (True, False, True):
         scripted.train(mode)
         extractor.train(mode)
-        assert nets.same(run(scripted), run(extractor)), mode
+        assert same(run(scripted), run(extractor)), mode
     buffer = io.BytesIO()
     torch.jit.save(scripted.eval(), buffer)
     buffer.seek(0)
-    assert nets.same(run(torch.jit.load(buffer)), run(extractor.eval()))
+    assert same(run(torch.jit.load(buffer)), run(extractor.eval()))
 
 
 @needs("torch.compile", torch="2.0")
 def test_compile_follows_the_mode() -> None:
-    model = nets.Modes()
+    model = Modes()
     extractor = make(model)
     compiled = torch.compile(extractor, backend="eager")
     parent = nn.Sequential(extractor)
     compiled_parent = torch.compile(parent, backend="eager")
     for mode in (True, False, True):
         compiled.train(mode)
-        assert nets.same(run(compiled), run(extractor)), mode
+        assert same(run(compiled), run(extractor)), mode
         parent.train(mode)
-        assert nets.same(run(compiled_parent), run(parent)), mode
-    same = featx.create_feature_extractor(nets.Block(), ["first", "add"])  # both modes have one graph
-    assert nets.same(torch.compile(same, backend="eager")(X), same(X))
+        assert same(run(compiled_parent), run(parent)), mode
+    same = extract(Block(), ["first", "add"])  # both modes have one graph
+    assert same(torch.compile(same, backend="eager")(X), same(X))
 
 
 @needs("torch.export", torch="2.1")
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_export_takes_the_mode_it_finds(mode: bool) -> None:
-    extractor = featx.create_feature_extractor(
-        net(lambda self, x: self.fc(x) + (1 if self.training else 2), fc=nn.Linear(4, 4)), ["fc", "add"]
+    extractor = extract(
+        net(lambda self, x: self.fc(x) + (1 if self.training else 2), fc=linear()), ["fc", "add"]
     ).train(mode)
     program = torch.export.export(extractor, (X,))
-    assert nets.same(program.module()(X), extractor(X))
+    assert same(program.module()(X), extractor(X))
 
 
 def test_graph_and_code_are_the_active_modes() -> None:
@@ -263,26 +256,26 @@ def test_graph_and_code_are_the_active_modes() -> None:
 
 
 def test_a_graph_edited_by_hand() -> None:
-    extractor = featx.create_feature_extractor(nets.Block(), ["add"])
+    extractor = extract(Block(), ["add"])
     for node in extractor.eval_graph.nodes:
         if node.target is torch.sigmoid:
             node.target = torch.tanh
     before = extractor.eval()(X)["add"]
     assert extractor.recompile().src == extractor.code
     changed = extractor.eval()(X)["add"]
-    assert not torch.equal(changed, before)
-    assert torch.equal(extractor.train()(X)["add"], before), "the other mode's graph was not edited"
-    assert torch.equal(copy.deepcopy(extractor).eval()(X)["add"], changed)
+    assert not equal(changed, before)
+    assert equal(extractor.train()(X)["add"], before), "the other mode's graph was not edited"
+    assert equal(copy.deepcopy(extractor).eval()(X)["add"], changed)
 
 
 def test_a_graph_that_is_replaced() -> None:
-    extractor = featx.create_feature_extractor(nets.Block(), ["add"]).eval()
+    extractor = extract(Block(), ["add"]).eval()
     extractor.graph = copy.deepcopy(extractor.graph)
     assert extractor.eval_graph.owning_module is extractor
     assert list(extractor(X)) == ["add"]
 
 
-@pytest.mark.parametrize("how", COPIES)
+@parametrize("how", COPIES)
 def test_graphs_know_their_module(how: str) -> None:
     extractor = make()
     for module in (extractor, COPIES[how](extractor)):
@@ -292,9 +285,9 @@ def test_graphs_know_their_module(how: str) -> None:
 
 def test_children_are_looked_up_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them costs the detour over nn.Module.__getattr__."""
-    model = net(lambda self, x: self.outer(x), outer=net(lambda self, x: self.inner(x), inner=nets.Block()))
-    extractor = featx.create_feature_extractor(model, ["outer"])
-    looked_up: List[str] = []
+    model = net(lambda self, x: self.outer(x), outer=net(lambda self, x: self.inner(x), inner=Block()))
+    extractor = extract(model, ["outer"])
+    looked_up: list[str] = []
     original = nn.Module.__getattr__
     monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: looked_up.append(name) or original(self, name))
     extractor(X)
@@ -302,7 +295,7 @@ def test_children_are_looked_up_the_fast_way(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_source_lines_go_with_their_module() -> None:
-    def files() -> Set[str]:
+    def files() -> set[str]:
         gc.collect()
         return {name for name in linecache.cache if name.startswith("<featx ")}
 
@@ -313,21 +306,21 @@ def test_source_lines_go_with_their_module() -> None:
     assert files() <= before
 
 
-@pytest.mark.parametrize("name", ['a, print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
+@parametrize("name", ['a, print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
 def test_the_name_of_a_module_is_never_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = net(lambda self, x: self._modules[name](x) + 1)
-    model.add_module(name, nn.Linear(4, 4))
+    model.add_module(name, linear())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            value = featx.create_feature_extractor(model, ["add"])(X)["add"]
+            value = extract(model, ["add"])(X)["add"]
         except (SyntaxError, AttributeError) as error:
             pytest.fail(f"the name became code: {error!r}")
-    assert torch.equal(value, model(X))
+    assert equal(value, model(X))
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("train", "evaluation"),
     [
         ((0.0,), (-0.0,)),
@@ -347,28 +340,26 @@ def test_modes_that_differ_in_one_argument(train: Any, evaluation: Any) -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return noted(x, *(train if self.training else evaluation))
 
-    extractor = featx.create_feature_extractor(
-        Differing(), ["noted"], tracer_kwargs={"autowrap_functions": (noted,)}, suppress_diff_warning=True
-    )
+    extractor = extract(Differing(), ["noted"], tracer_kwargs={"autowrap_functions": (noted,)})
     for mode, expected in ((True, train), (False, evaluation), (True, train)):
         assert repr(extractor.train(mode)(X)["noted"]) == repr(list(expected))
 
 
-def noted(x: torch.Tensor, *args: Any) -> List[Any]:
+def noted(x: torch.Tensor, *args: Any) -> list[Any]:
     return list(args)
 
 
 def test_dual_graph_module_by_hand() -> None:
-    model = nets.Modes().eval()
+    model = Modes().eval()
     graphs = [fx.Tracer().trace(model.train(mode)) for mode in (True, False)]
     module = featx.DualGraphModule(model, *graphs, class_name="Two")
     assert type(module).__name__ == "Two"
     model.eval()
-    assert torch.equal(module.eval()(X), model(X))
+    assert equal(module.eval()(X), model(X))
     model.train()
     torch.manual_seed(1)
     reference = model(X)
-    assert torch.equal(run(module.train()), reference)
+    assert equal(run(module.train()), reference)
     with pytest.raises(AttributeError, match="no attribute 'body'"):
         featx.DualGraphModule(nn.Linear(1, 1), *graphs)
 
@@ -376,17 +367,17 @@ def test_dual_graph_module_by_hand() -> None:
 # --- ways in which users change modules: the next call sees each of them ---
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "change",
     [
-        lambda e: setattr(getattr(e.a, "0"), "second", nn.Linear(4, 4)),
-        lambda e: getattr(e.a, "0")._modules.__setitem__("second", nn.Linear(4, 4)),
-        lambda e: setattr(getattr(e.a, "0"), "_modules", dict(nets.Block()._modules)),
-        lambda e: setattr(e.a, "0", nets.Block()),
-        lambda e: setattr(e, "a", nn.Sequential(nets.Block())),
-        lambda e: e.add_module("a", nn.Sequential(nets.Block())),
-        lambda e: e.add_submodule("a.0", nets.Block()),
-        lambda e: getattr(e.a, "0").load_state_dict(nets.Block().state_dict()),
+        lambda e: setattr(getattr(e.a, "0"), "second", linear()),
+        lambda e: getattr(e.a, "0")._modules.__setitem__("second", linear()),
+        lambda e: setattr(getattr(e.a, "0"), "_modules", dict(Block()._modules)),
+        lambda e: setattr(e.a, "0", Block()),
+        lambda e: setattr(e, "a", nn.Sequential(Block())),
+        lambda e: e.add_module("a", nn.Sequential(Block())),
+        lambda e: e.add_submodule("a.0", Block()),
+        lambda e: getattr(e.a, "0").load_state_dict(Block().state_dict()),
         lambda e: nn.utils.parametrize.register_parametrization(getattr(e.a, "0").first, "weight", Doubled()),
         lambda e: prune.random_unstructured(getattr(e.a, "0").first, "weight", 5),
         lambda e: getattr(e.a, "0").first.register_forward_hook(lambda module, args, value: value * 2),
@@ -394,15 +385,15 @@ def test_dual_graph_module_by_hand() -> None:
         lambda e: e._apply(lambda tensor: tensor * 2),
     ],
 )
-@pytest.mark.parametrize("how", ["as made", "deepcopy", "pickle"])
+@parametrize("how", ["as made", "deepcopy", "pickle"])
 def test_changes_are_seen(change: Callable[[nn.Module], Any], how: str) -> None:
-    original = featx.create_feature_extractor(net(lambda self, x: self.a(x), a=nn.Sequential(nets.Block())), ["a"])
+    original = extract(net(lambda self, x: self.a(x), a=nn.Sequential(Block())), ["a"])
     extractor = {"as made": lambda e: e, **COPIES}[how](original)
     before = extractor(X)["a"]
     change(extractor)
-    assert not torch.equal(extractor(X)["a"], before)
+    assert not equal(extractor(X)["a"], before)
     if how != "as made":
-        assert torch.equal(original(X)["a"], before)
+        assert equal(original(X)["a"], before)
 
 
 class Doubled(nn.Module):
@@ -410,7 +401,7 @@ class Doubled(nn.Module):
         return x * 2
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("delete", "error"),
     [
         (lambda e: delattr(e, "0"), "'0'"),
@@ -421,30 +412,30 @@ class Doubled(nn.Module):
     ],
 )
 def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any], error: str) -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Sequential(nets.Block())), ["0"])
+    extractor = extract(nn.Sequential(nn.Sequential(Block())), ["0"])
     delete(extractor)
     with pytest.raises((KeyError, AttributeError), match=error):
         extractor(X)
 
 
 def test_annotations_that_are_strings_can_be_scripted() -> None:
-    class Annotated(nets.Block):
+    class Annotated(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 2
 
     assert Annotated.forward.__annotations__["x"] == "torch.Tensor"
-    extractor = featx.create_feature_extractor(Annotated(), "mul")
-    assert nets.same(torch.jit.script(extractor)(X), extractor(X))
+    extractor = extract(Annotated(), "mul")
+    assert same(torch.jit.script(extractor)(X), extractor(X))
 
 
 def test_annotations_that_mean_nothing_at_run_time() -> None:
-    class Annotated(nets.Block):
+    class Annotated(Block):
         def forward(self, x: OnlyForTypeCheckers) -> Any:  # type: ignore[name-defined]  # noqa: F821
             return super().forward(x)
 
     model = Annotated()
-    extractor = featx.create_feature_extractor(model, "output")
-    assert torch.equal(extractor(X)["output"], model(X))
+    extractor = extract(model, "output")
+    assert equal(extractor(X)["output"], model(X))
     assert [node.type for node in extractor.graph.nodes][0] is None
 
 
@@ -457,12 +448,12 @@ def test_a_graph_with_a_code_generator_of_its_own() -> None:
     graphs = [fx.Tracer().trace(nn.Sequential(nn.ReLU())) for _ in range(2)]
     for graph in graphs:
         graph.set_codegen(Generator())
-    assert torch.equal(featx.DualGraphModule(nn.Sequential(nn.ReLU()), *graphs)(X), X.relu())
+    assert equal(featx.DualGraphModule(nn.Sequential(nn.ReLU()), *graphs)(X), X.relu())
 
 
 def test_quantization_swaps_leaves() -> None:
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3)).eval()
-    extractor = featx.create_feature_extractor(model, ["0.0", "1"])
+    extractor = extract(model, ["0.0", "1"])
     observer = torch.ao.quantization.MinMaxObserver
     extractor.qconfig = torch.ao.quantization.QConfig(observer, observer.with_args(dtype=torch.qint8))
     prepared = torch.ao.quantization.prepare(extractor)
@@ -474,26 +465,26 @@ def test_quantization_swaps_leaves() -> None:
 
 
 def test_weights_that_are_assigned_or_moved() -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
-    other = featx.create_feature_extractor(nn.Sequential(nets.Block()), ["0"])
+    extractor = extract(nn.Sequential(Block()), ["0"])
+    other = extract(nn.Sequential(Block()), ["0"])
     options = {} if older(torch="2.1") else {"assign": True}
     extractor.load_state_dict(other.state_dict(), **options)
-    assert torch.equal(extractor(X)["0"], other(X)["0"])
+    assert equal(extractor(X)["0"], other(X)["0"])
     assert extractor.to(torch.float64)(X.double())["0"].dtype == torch.float64
 
 
 def test_quantization_of_an_extractor() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4)).eval()
-    extractor = featx.create_feature_extractor(model, ["0", "1"])
+    model = nn.Sequential(nn.Sequential(linear(), nn.ReLU()), linear()).eval()
+    extractor = extract(model, ["0", "1"])
     before = extractor(X)["1"]
     quantized = torch.ao.quantization.quantize_dynamic(extractor, {nn.Linear}, dtype=torch.qint8)
     after = quantized(X)["1"]
-    assert not torch.equal(after, before)
+    assert not equal(after, before)
     assert torch.allclose(after, before, atol=0.1)
 
 
 def test_a_plain_attribute_in_an_edited_graph() -> None:
-    extractor = featx.create_feature_extractor(nn.Sequential(nn.Linear(4, 4)), "0")
+    extractor = extract(nn.Sequential(linear()), "0")
     extractor.scale = torch.ones(4) * 3
     before = extractor(X)["0"]
     for graph in (extractor.train_graph, extractor.eval_graph):
@@ -502,7 +493,7 @@ def test_a_plain_attribute_in_an_edited_graph() -> None:
             scaled = graph.call_function(torch.mul, (output.args[0]["0"], graph.create_node("get_attr", "scale")))
         output.args = ({"0": scaled},)
     extractor.recompile()
-    assert torch.equal(extractor(X)["0"], before * 3)
+    assert equal(extractor(X)["0"], before * 3)
 
 
 def test_a_number_in_a_graph_by_hand() -> None:
@@ -511,4 +502,4 @@ def test_a_number_in_a_graph_by_hand() -> None:
         graph.output(graph.call_function(torch.mul, (graph.placeholder("x"), graph.create_node("get_attr", "scale"))))
     model = nn.Module()
     model.scale = 3.0
-    assert torch.equal(featx.DualGraphModule(model, *graphs)(X), X * 3)
+    assert equal(featx.DualGraphModule(model, *graphs)(X), X * 3)

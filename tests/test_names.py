@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, Optional
 
 import pytest
 import torch
-from torch import nn
+from torch import equal, nn
 
-from tests import featx, nets
+from tests import featx
 from tests.conformance import slow
-from tests.nets import net
+from tests.helpers import X, eval_names, extract, in_both_modes, node_names, parametrize
+from tests.nets import Block, Modes, net
 from tests.versions import older
 
 X = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
-def names_of(calls: List[Tuple[str, Optional[str]]]) -> List[str]:
+def names_of(calls: list[tuple[str, Optional[str]]]) -> list[str]:
     namer = featx._Namer()
     return [namer.name(scope, own) for scope, own in calls]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("calls", "names"),
     [
         # rule 1: a leaf by its path, anything else by scope and fx's name
@@ -54,7 +55,7 @@ def names_of(calls: List[Tuple[str, Optional[str]]]) -> List[str]:
         ([("a_b", None), ("a.b", None)], ["a_b", "a.b"]),
     ],
 )  # fmt: skip
-def test_rules(calls: List[Tuple[str, Optional[str]]], names: List[str]) -> None:
+def test_rules(calls: list[tuple[str, Optional[str]]], names: list[str]) -> None:
     assert names_of(calls) == names
 
 
@@ -78,7 +79,7 @@ def test_a_descending_run_does_not_make_naming_slow() -> None:
 
 
 def test_names_of_both_modes() -> None:
-    names = featx.get_graph_node_names(nets.Modes(), suppress_diff_warning=True)
+    names = node_names(Modes())
     block = ["body.0.first", "body.0.sigmoid", "body.0.second", "body.0.sigmoid_1", "body.0.add"]
     assert isinstance(names, featx.NodeNames)
     assert names.train == ["x", *block, "body.1", "body.2", "head", "aux", "mean", "add"]
@@ -86,22 +87,22 @@ def test_names_of_both_modes() -> None:
 
 
 def test_shared_and_repeated_modules() -> None:
-    shared = nets.Block()
+    shared = Block()
     model = net(lambda self, x: self.b(self.a(self.a(x))), a=shared, b=shared)
     first = ["a.first", "a.sigmoid", "a.second", "a.sigmoid_1", "a.add"]
     second = ["a.first_1", "a.sigmoid_2", "a.second_1", "a.sigmoid_3", "a.add_1"]
     third = ["a.first_2", "a.sigmoid_4", "a.second_2", "a.sigmoid_5", "a.add_2"]
-    assert featx.get_graph_node_names(model).eval == ["x", *first, *second, *third]
+    assert eval_names(model) == ["x", *first, *second, *third]
 
 
 def test_parameters_that_are_used_directly_have_names() -> None:
     model = net(lambda self, x: x @ self.weight + self.bias, weight=nn.Parameter(torch.ones(2, 2)), bias=torch.ones(2))
-    assert featx.get_graph_node_names(model).eval == ["x", "weight", "matmul", "add"]
+    assert eval_names(model) == ["x", "weight", "matmul", "add"]
 
 
 def test_tracer_names_follow_execution_order() -> None:
     tracer = featx.NodePathTracer()
-    graph = tracer.trace(nets.Block())
+    graph = tracer.trace(Block())
     nodes = list(tracer.node_to_qualname)
     assert nodes == [node for node in graph.nodes if node.op != "output"]
     assert tracer.names == list(tracer.node_to_qualname.values())
@@ -114,18 +115,18 @@ def test_a_function_can_be_traced() -> None:
 
 
 def test_leaf_modules_and_non_leaf_modules() -> None:
-    model = nn.Sequential(nets.Block(), nn.Identity())
-    plain = featx.get_graph_node_names(model).eval
-    closed = featx.get_graph_node_names(model, {"leaf_modules": [nets.Block]}).eval
-    opened = featx.get_graph_node_names(model, {"non_leaf_modules": {nn.Identity, nn.Linear}}).eval
+    model = nn.Sequential(Block(), nn.Identity())
+    plain = eval_names(model)
+    closed = eval_names(model, {"leaf_modules": [Block]})
+    opened = eval_names(model, {"non_leaf_modules": {nn.Identity, nn.Linear}})
     assert plain == ["input", "0.first", "0.sigmoid", "0.second", "0.sigmoid_1", "0.add", "1"]
     assert closed == ["input", "0", "1"]
     assert "0.first.linear" in opened
     assert "0.first" not in opened
     assert "1" not in opened
-    assert featx.get_graph_node_names(model, {"leaf_modules": nets.Block}).eval == closed
-    both = {"leaf_modules": (nets.Block,), "non_leaf_modules": (nets.Block,)}
-    assert featx.get_graph_node_names(model, both).eval == plain
+    assert eval_names(model, {"leaf_modules": Block}) == closed
+    both = {"leaf_modules": (Block,), "non_leaf_modules": (Block,)}
+    assert eval_names(model, both) == plain
 
 
 @pytest.mark.zoo
@@ -134,12 +135,12 @@ def test_what_is_inside_of_torchvisions_modules_can_be_asked_for() -> None:
     model, x, seen = models.efficientnet_b0().eval(), torch.rand(1, 3, 64, 64), []
     kwargs = {"non_leaf_modules": [ops.Conv2dNormActivation]}
     model.features[0][0].register_forward_hook(lambda module, args, value: seen.append(value.clone()))
-    extractor = featx.create_feature_extractor(model, ["features.0.0"], tracer_kwargs=kwargs)
+    extractor = extract(model, ["features.0.0"], tracer_kwargs=kwargs)
     assert list(extractor.state_dict()) == ["features.0.0.weight"]
     with torch.no_grad():
-        assert torch.equal(extractor(x)["features.0.0"], seen.pop())
+        assert equal(extractor(x)["features.0.0"], seen.pop())
         model(x)
-    names = featx.get_graph_node_names(model, kwargs, suppress_diff_warning=True).eval
+    names = eval_names(model, kwargs)
     leaves = [path for path, module in model.named_modules() if not any(module.children())]
     missing = [path for path in leaves if path not in names and "stochastic" not in path]
     assert {path.rsplit(".", 1)[0] for path in missing} == {
@@ -159,22 +160,22 @@ def no_fast_path() -> Iterator[None]:
 
 @pytest.mark.skipif(older(torch="2.5"), reason="the fast way cannot be switched off")
 @pytest.mark.usefixtures("no_fast_path")
-@pytest.mark.parametrize("mode", [True, False])
+@in_both_modes
 def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)).train(mode), X
     kwargs = {"non_leaf_modules": [nn.TransformerEncoderLayer]}
-    names = featx.get_graph_node_names(model, kwargs, exact=True).eval
+    names = eval_names(model, kwargs, exact=True)
     assert [name for name in names if name.count(".") and name.split(".")[1] in dict(model[0].named_modules())] == [
         f"0.{part}" for part in ("self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2")
     ]
     seen = []
     model[0].linear1.register_forward_hook(lambda module, args, value: seen.append(value.clone()))
-    extractor = featx.create_feature_extractor(model, ["0.linear1", "0"], tracer_kwargs=kwargs, exact=True)
+    extractor = extract(model, ["0.linear1", "0"], tracer_kwargs=kwargs, exact=True)
     features = extractor(x)
     own = model(x)  # with gradients, which keeps torch from its fast way, in which linear1 is not called
-    assert torch.equal(features["0"], own)
-    assert torch.equal(features["0.linear1"], seen[-1])
+    assert equal(features["0"], own)
+    assert equal(features["0.linear1"], seen[-1])
     assert len(seen) == 2
     with torch.no_grad():
         torch.testing.assert_close(features["0"], model(x))
@@ -184,7 +185,7 @@ def test_what_fx_cannot_open_is_said() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
     kwargs = {"non_leaf_modules": [nn.TransformerEncoderLayer]}
     with pytest.raises(featx.UntraceableError, match=r"one operation \(non_leaf_modules win\);") as raised:
-        featx.get_graph_node_names(model, kwargs)
+        node_names(model, kwargs)
     assert (raised.value.path, raised.value.module_type) == ("0", nn.TransformerEncoderLayer)
     # All of it is torch's own source, of which no line is shown.
     assert f"{raised.value.__cause__}\nWhat helps" in str(raised.value)
@@ -192,15 +193,15 @@ def test_what_fx_cannot_open_is_said() -> None:
 
 def test_autowrapped_functions() -> None:
     model = net(lambda self, x: helper(x) + 1)
-    assert featx.get_graph_node_names(model).eval == ["x", "sigmoid", "mul", "add"]
-    wrapped = featx.get_graph_node_names(model, {"autowrap_functions": (helper,)}).eval
+    assert eval_names(model) == ["x", "sigmoid", "mul", "add"]
+    wrapped = eval_names(model, {"autowrap_functions": (helper,)})
     assert wrapped == ["x", "helper", "add"]
 
 
 def test_functions_of_math_and_of_torchvision_are_single_operations() -> None:
     theirs, ops = (pytest.importorskip(f"torchvision.{part}") for part in ("models.feature_extraction", "ops"))
     model = net(lambda self, x: ops.box_area(x) * math.sqrt(x.shape[0]))
-    names = featx.get_graph_node_names(model).eval
+    names = eval_names(model)
     assert names == theirs.get_graph_node_names(model)[1]
     assert {"box_area", "sqrt"} <= set(names)
 

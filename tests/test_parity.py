@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from typing import Any
 
 import pytest
@@ -11,8 +10,10 @@ import torch
 from torch import nn
 
 from tests import featx, nets
+from tests.helpers import extract, feature_extraction, ignored_warnings, node_names, parametrize, same
+from tests.nets import build_on_meta, build_with_input
 
-theirs = pytest.importorskip("torchvision.models.feature_extraction")
+theirs = feature_extraction()
 
 pytestmark = pytest.mark.zoo
 
@@ -29,8 +30,7 @@ def draw_queries(names: list[str], rng: random.Random, count: int = 6) -> list[s
 
 
 def quietly(library: Any, model: nn.Module, return_nodes: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored_warnings():
         return library.create_feature_extractor(model, return_nodes)
 
 
@@ -44,10 +44,10 @@ def run(extractor: nn.Module, x: torch.Tensor) -> dict[str, Any]:
 PARITY = [name for name in nets.collected(nets.in_zoo, nets.FAMILIES) if not name.startswith("mvit")]
 
 
-@pytest.mark.parametrize("name", PARITY)
+@parametrize("name", PARITY)
 def test_drawn_nodes(name: str, rng: random.Random) -> None:
-    model, x = nets.build(name), nets.zoo_input(name)
-    names = featx.get_graph_node_names(model, suppress_diff_warning=True)
+    model, x = build_with_input(name)
+    names = node_names(model)
     both = [name for name in names.train if name in set(names.eval)]
     queries = draw_queries(both, rng)
     assert queries
@@ -62,16 +62,15 @@ def test_drawn_nodes(name: str, rng: random.Random) -> None:
         expected, actual = run(reference.train(mode), x), run(ours.train(mode), x)
         assert list(actual) == list(expected)
         for key in expected:
-            assert nets.same(actual[key], expected[key]), (name, mode, key)
+            assert same(actual[key], expected[key]), (name, mode, key)
 
 
-@pytest.mark.parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
+@parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
 def test_state_dict_at_full_depth(name: str) -> None:
-    model = nets.build_on_meta(name)
-    names = featx.get_graph_node_names(model, suppress_diff_warning=True)
+    model = build_on_meta(name)
+    names = node_names(model)
     returns = {"train_return_nodes": [names.train[-1]], "eval_return_nodes": [names.eval[-1]]}
-    ours = featx.create_feature_extractor(model, suppress_diff_warning=True, **returns)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    ours = extract(model, **returns)
+    with ignored_warnings():
         reference = theirs.create_feature_extractor(model, **returns)
     assert list(ours.state_dict()) == list(reference.state_dict())

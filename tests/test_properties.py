@@ -9,19 +9,31 @@ import random
 import re
 import sys
 import warnings
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Sequence
 
 import pytest
 import torch
 from hypothesis import Phase, assume, event, example, find, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import equal, nn
 
 from tests import featx
 from tests.conformance.slow import exact_names as slow_exact_names
 from tests.conformance.slow import is_form
 from tests.conformance.slow import names as slow_names
-from tests.nets import by_torch_save, same, snapshot, tensors
+from tests.helpers import (
+    by_torch_save,
+    feature_extraction,
+    heard,
+    ignored_warnings,
+    node_names,
+    parametrize,
+    picture,
+    same,
+    snapshot,
+    tensors,
+)
+from tests.nets import build
 from tests.strategies import (
     CUTTING,
     LEAF_CLASSES,
@@ -43,26 +55,24 @@ from tests.strategies import (
     record,
     training_mode,
 )
-from tests.test_effects import picture
 from tests.versions import older
 
 KWARGS = {"leaf_modules": LEAF_CLASSES}
 MODES = (True, False)
 
 
-def names_of(model: nn.Module, exact: bool) -> Tuple[List[str], List[str]]:
-    return featx.get_graph_node_names(model, KWARGS, suppress_diff_warning=True, exact=exact)
+def names_of(model: nn.Module, exact: bool) -> tuple[list[str], list[str]]:
+    return node_names(model, KWARGS, exact=exact)
 
 
 def extract(model: Built, queries: Any, training: bool, **options: Any) -> nn.Module:
     """An extractor for one mode, in that mode; what it warns of is another test's."""
     both = [queries, []] if training else [[], queries]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return featx.create_feature_extractor(model, None, *both, KWARGS, True, **options).train(training)
+    with ignored_warnings():
+        return extract(model, None, *both, KWARGS, True, **options).train(training)
 
 
-def run(extractor: nn.Module, training: bool) -> Dict[str, Any]:
+def run(extractor: nn.Module, training: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     with training_mode(extractor, training), torch.no_grad():
         try:
@@ -76,7 +86,7 @@ def eager(plan: Net, training: bool) -> Record:
         return record(build(plan), training)
 
 
-def slow(plan: Net, log: Sequence[Entry], exact: bool) -> List[str]:
+def slow(plan: Net, log: Sequence[Entry], exact: bool) -> list[str]:
     """The names of all entries, by the slow implementations."""
     calls = [(entry.scope, entry.own) for entry in log]
     if not exact:
@@ -110,10 +120,9 @@ def test_names_are_distinct_and_those_of_the_slow_implementation(plan: Net, exac
 @given(plans())
 @example(A_NAME_WITH_A_NEWLINE)
 def test_names_are_torchvisions_wherever_these_are_distinct(plan: Net) -> None:
-    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    feature_extraction = feature_extraction()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignored_warnings():
             theirs = feature_extraction.get_graph_node_names(build(plan), {"leaf_modules": list(LEAF_CLASSES)})
     except (IndexError, ValueError, RuntimeError, re.error) as error:  # where its own naming fails
         event(f"torchvision: {type(error).__name__}")
@@ -123,7 +132,7 @@ def test_names_are_torchvisions_wherever_these_are_distinct(plan: Net) -> None:
             assert our_names == their_names
 
 
-def is_misread(names: List[str]) -> bool:
+def is_misread(names: list[str]) -> bool:
     """Whether names mean something else as the regular expressions that torchvision makes of them (D12)."""
     stems = {re.sub(r"_[0-9]+$", "", name, flags=re.ASCII) for name in names}
     if any("\n" in name for name in names):  # of which it removes no number, since its dot matches no newline
@@ -134,14 +143,14 @@ def is_misread(names: List[str]) -> bool:
 # ------------------------------------------------------------------------------------------ values
 
 
-def expected_exact(plan: Net, training: bool) -> Dict[str, Any]:
+def expected_exact(plan: Net, training: bool) -> dict[str, Any]:
     """All features and what they should be, in execution order."""
     entries, output = eager(plan, training)
     found = dict(zip(slow(plan, entries, exact=True), (entry.value for entry in entries)))
     return {**found, "output": found.get("output", output)}
 
 
-def assert_same(found: Dict[str, Any], expected: Dict[str, Any]) -> None:
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert list(found) == list(expected)
     for key in expected:
         assert same(found[key], expected[key]), f"{key!r}: {found[key]} is not {expected[key]}"
@@ -171,9 +180,8 @@ def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> Non
     for query, value in expected.items():
         assert_same(run(extract(model, [query], training), training), {query: value})
     asked = [list(expected), []] if training else [[], list(expected)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        extractor = featx.create_feature_extractor(model, None, *asked, KWARGS, suppress_diff_warning=True)
+    with heard() as caught:
+        extractor = extract(model, None, *asked, KWARGS)
     together = run(extractor.train(training), training)
     said = [text for text in (str(warning.message) for warning in caught) if text.startswith("the feature ")]
     for query, value in expected.items():
@@ -185,7 +193,7 @@ def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> Non
 # --------------------------------------------------------------------------------------- what runs
 
 
-def chosen(plan: Net, training: bool, picks: Sequence[int]) -> Tuple[Dict[str, Any], int]:
+def chosen(plan: Net, training: bool, picks: Sequence[int]) -> tuple[dict[str, Any], int]:
     """Some of the exact features, and the position in eager execution of the last of them."""
     everything = list(expected_exact(plan, training).items())[:-1] or [("x", None)]
     places = sorted({pick % len(everything) for pick in picks})
@@ -196,7 +204,7 @@ PICKS = st.lists(st.integers(0, 30), min_size=1, max_size=3).map(tuple)
 
 
 @given(plans(), st.booleans(), PICKS)
-def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, picks: Tuple[int, ...]) -> None:
+def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, picks: tuple[int, ...]) -> None:
     queries, last = chosen(plan, training, picks)
     model, entries = build(plan), eager(plan, training).entries
     before = [entry.scope for entry in entries[: last + 1] if entry.module is not None and entry.is_node]
@@ -209,7 +217,7 @@ def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, pic
     assert all(path in remaining for path in called), f"{called} is not a part of {before}"
 
 
-def words_of(plan: Any) -> List[str]:
+def words_of(plan: Any) -> list[str]:
     """All strings in a plan."""
     if isinstance(plan, tuple):
         return [word for part in plan for word in words_of(part)]
@@ -217,7 +225,7 @@ def words_of(plan: Any) -> List[str]:
 
 
 @given(plans(), st.booleans(), PICKS)
-def test_parameters_are_those_that_get_a_gradient(plan: Net, training: bool, picks: Tuple[int, ...]) -> None:
+def test_parameters_are_those_that_get_a_gradient(plan: Net, training: bool, picks: tuple[int, ...]) -> None:
     queries, _ = chosen(plan, training, picks)
     model = build(plan)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -235,12 +243,12 @@ def test_parameters_are_those_that_get_a_gradient(plan: Net, training: bool, pic
     for (parameter, name), of_eager, of_featx in zip(names.items(), expected, found):
         assert of_eager is None or parameter in held, f"{name} is missing"
         assert (of_eager is None) == (of_featx is None), f"the gradient of {name}"
-        assert of_eager is None or torch.equal(of_eager, of_featx), f"the gradient of {name}"
+        assert of_eager is None or equal(of_eager, of_featx), f"the gradient of {name}"
         if CUTTING.isdisjoint(words_of(plan)):
             assert of_eager is not None or parameter not in held, f"{name} is held and gets no gradient"
 
 
-def gradients(values: List[Any], parameters: List[nn.Parameter]) -> List[Any]:
+def gradients(values: list[Any], parameters: list[nn.Parameter]) -> list[Any]:
     sums = [tensor.sum() for tensor in tensors(values) if tensor.requires_grad]
     if not (sums and parameters):
         return [None] * len(parameters)
@@ -250,7 +258,7 @@ def gradients(values: List[Any], parameters: List[nn.Parameter]) -> List[Any]:
 # ------------------------------------------------------------------------------ what tracing loses
 
 
-def seen(model: nn.Module, value_of: Callable[[], Any]) -> List[Any]:
+def seen(model: nn.Module, value_of: Callable[[], Any]) -> list[Any]:
     """A value and the gradients, with and without the grad mode, as what is drawn and the model's buffers change."""
     found = []
     for number in range(4):
@@ -266,7 +274,7 @@ def seen(model: nn.Module, value_of: Callable[[], Any]) -> List[Any]:
 
 def returned(model: nn.Module, path: str) -> torch.Tensor:
     """What the first call of a module returned; of none, what the model does."""
-    values: List[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     hook = model.get_submodule(path).register_forward_hook(lambda module, inputs, output: values.append(output))
     try:
         model(example_input())
@@ -284,11 +292,10 @@ def test_what_tracing_loses_is_right_refused_or_said(
     paths = ["", *(path for path, module in model.named_modules() if not any(module.children()))]
     path = paths[pick % len(paths)]
     refused, losing = False, not LOST.isdisjoint(words_of(plan))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as caught:
         try:
             options = {"suppress_diff_warning": True, "exact": exact, "auto_leaf": auto_leaf}
-            extractor = featx.create_feature_extractor(model, {path or "output": "value"}, **options).train(training)
+            extractor = extract(model, {path or "output": "value"}, **options).train(training)
         except featx.NodeNameError:  # it is called in one mode only, or in none, or lies in a leaf
             event("no node")
             return
@@ -341,8 +348,7 @@ def test_nothing_is_changed_and_all_errors_are_documented(
     model, kwargs = build(plan).train(training), {"leaf_modules": [*LEAF_CLASSES]}
     options = {"exact": exact, "auto_leaf": auto_leaf, "concrete_args": concrete_args, "suppress_diff_warning": True}
     before, filters, given_arguments = picture(model), list(warnings.filters), copy.deepcopy((asked, concrete_args))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored_warnings():
         ignoring = list(warnings.filters)
         for function, arguments in (
             (featx.get_graph_node_names, (model, kwargs)),
@@ -360,7 +366,7 @@ def test_nothing_is_changed_and_all_errors_are_documented(
 # ------------------------------------------------------------------------------------------ copies
 
 
-def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> Tuple[nn.Module, Dict[bool, Dict[str, Any]]]:
+def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> tuple[nn.Module, dict[bool, dict[str, Any]]]:
     """An extractor of everything, and what it gives in each mode."""
     model = build(plan)
     queries = {mode: list(expected_exact(plan, mode)) for mode in MODES} if exact else {}
@@ -370,11 +376,8 @@ def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> Tuple[n
         for mode in MODES:
             value = run(extract(model, queries[mode], mode, exact=exact), mode)
             queries[mode] = [query for query in queries[mode] if isinstance(value[query], torch.Tensor)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        extractor = featx.create_feature_extractor(
-            model, None, queries[True], queries[False], KWARGS, suppress_diff_warning=True, exact=exact
-        )
+    with ignored_warnings():
+        extractor = extract(model, None, queries[True], queries[False], KWARGS, exact=exact)
     return extractor, {mode: run(extractor, mode) for mode in MODES}
 
 
@@ -417,7 +420,7 @@ def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: 
 # ---------------------------------------------------------------------------------- the strategies
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "word",
     [
         *(*LEAVES, *TENSORS, *OPERATIONS, *sorted(LOST)),

@@ -6,20 +6,28 @@ import io
 import operator
 import random
 import warnings
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import equal, fx, nn
 
-from tests import featx, nets
-from tests.nets import net, truth
+from tests import featx
+from tests.helpers import (
+    eval_names,
+    extract,
+    ignored_warnings,
+    parametrize,
+    same,
+    tensors,
+    truth,
+)
+from tests.nets import IN_PLACE, build, linear, net, writes_in_place, zoo_input
 
 
 def features(model: nn.Module, queries: list[str], x: torch.Tensor) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where names mislead, as those of ViT's ln_1 do, is for test_exact.py
-        extractor = featx.create_feature_extractor(model, queries)
+    with ignored_warnings():  # where names mislead, as those of ViT's ln_1 do, is for test_exact.py
+        extractor = extract(model, queries)
     with torch.no_grad():
         return extractor(x.clone())
 
@@ -28,7 +36,7 @@ def test_the_oracle_sees_what_is_overwritten() -> None:
     model = net(lambda self, x: self.relu(x - 0.5), relu=nn.ReLU(inplace=True))
     x = torch.rand(100)
     seen = truth(model, x)
-    assert torch.equal(seen["sub"], x - 0.5)
+    assert equal(seen["sub"], x - 0.5)
     assert seen["sub"].min() < 0 <= seen["relu"].min()
 
 
@@ -36,45 +44,45 @@ EVERY_NODE = ["googlenet", "mobilenet_v3_small", "resnet18", "swin_t", "vit_b_32
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", EVERY_NODE)
+@parametrize("name", EVERY_NODE)
 def test_every_node_alone_has_the_value_it_had_when_it_was_made(name: str) -> None:
-    model, x = nets.build(name).eval(), nets.zoo_input(name)
+    model, x = build(name).eval(), zoo_input(name)
     seen = truth(model, x)
     assert len(seen) > 50
     for query, expected in seen.items():
         actual = features(model, [query], x)
         assert list(actual) == [query]
-        assert nets.same(actual[query], expected), query
+        assert same(actual[query], expected), query
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
+@parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
 def test_drawn_nodes_of_models_with_unassigned_writes(name: str, rng: random.Random) -> None:
-    model, x = nets.build(name).eval(), nets.zoo_input(name)
+    model, x = build(name).eval(), zoo_input(name)
     seen = truth(model, x)
     for query in [*rng.sample(sorted(seen), 5), list(seen)[-1]]:
         print(name, query)
-        assert nets.same(features(model, [query], x)[query], seen[query]), query
+        assert same(features(model, [query], x)[query], seen[query]), query
     with torch.no_grad():
-        assert torch.equal(features(model, ["output"], x)["output"], model(x))
+        assert equal(features(model, ["output"], x)["output"], model(x))
 
 
-@pytest.mark.parametrize("kind", nets.IN_PLACE)
+@parametrize("kind", IN_PLACE)
 def test_a_write_is_kept_while_something_later_reads_the_memory(kind: str) -> None:
-    model, x = nets.writes_in_place(kind).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    model, x = writes_in_place(kind).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(x.clone())
         untouched = model.linear(x)
-    assert not torch.equal(expected, untouched), "the write makes no difference, so this net shows nothing"
-    last = featx.get_graph_node_names(model).eval[-1]
+    assert not equal(expected, untouched), "the write makes no difference, so this net shows nothing"
+    last = eval_names(model)[-1]
     actual = features(model, [last, "output"], x)
-    assert torch.equal(actual[last], expected)
-    assert torch.equal(actual["output"], expected)
+    assert equal(actual[last], expected)
+    assert equal(actual["output"], expected)
     # The requested value is no reader: alone, it is what it was when it was made, and the write is not run.
-    alone = featx.create_feature_extractor(model, ["linear"], suppress_diff_warning=True)
+    alone = extract(model, ["linear"])
     assert [node.op for node in alone.eval_graph.nodes] == ["placeholder", "call_module", "output"]
     with torch.no_grad():
-        assert torch.equal(alone(x)["linear"], untouched)
+        assert equal(alone(x)["linear"], untouched)
 
 
 def calls(extractor: nn.Module, x: torch.Tensor) -> list[str]:
@@ -92,8 +100,8 @@ def calls(extractor: nn.Module, x: torch.Tensor) -> list[str]:
 
 
 def test_nothing_runs_after_the_last_requested_node() -> None:
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
-    extractor = featx.create_feature_extractor(model, ["2"])
+    model = nn.Sequential(*(linear() for _ in range(5)))
+    extractor = extract(model, ["2"])
     assert calls(extractor, torch.rand(1, 4)) == ["0", "1", "2"]
     assert list(extractor.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]
 
@@ -106,18 +114,18 @@ def test_a_branch_that_nothing_reads_is_gone_with_its_in_place_operations() -> N
 
     model = net(
         forward,
-        trunk=nn.Linear(4, 4),
-        side=nn.Linear(4, 4),
+        trunk=linear(),
+        side=linear(),
         norm=nn.LayerNorm(4),
         relu=nn.ReLU(inplace=True),
-        head=nn.Linear(4, 4),
+        head=linear(),
     )
-    extractor = featx.create_feature_extractor(model, ["head"])
+    extractor = extract(model, ["head"])
     assert calls(extractor, torch.rand(1, 4)) == ["trunk", "head"]
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "options", "query"),
     [
         ("googlenet", {"init_weights": False}, "fc"),
@@ -126,10 +134,10 @@ def test_a_branch_that_nothing_reads_is_gone_with_its_in_place_operations() -> N
         ("deeplabv3_mobilenet_v3_large", {"weights_backbone": None, "aux_loss": True}, "classifier"),
     ],
 )
-def test_auxiliary_heads_are_gone(name: str, options: Dict[str, Any], query: str) -> None:
+def test_auxiliary_heads_are_gone(name: str, options: dict[str, Any], query: str) -> None:
     model = pytest.importorskip("torchvision.models").get_model(name, weights=None, **options)
     assert [path for path, _ in model.named_children() if path.lower().startswith("aux")]
-    extractor = featx.create_feature_extractor(model, [query], suppress_diff_warning=True)
+    extractor = extract(model, [query])
     assert not [path for path, _ in extractor.named_children() if path.lower().startswith("aux")]
 
 
@@ -140,9 +148,9 @@ def test_asserts_before_the_cut_stay_and_those_after_it_go() -> None:
         torch._assert(y.shape[0] == 1, "one sample")
         return self.second(y)
 
-    model = net(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4))
-    early = featx.create_feature_extractor(model, ["first"])
-    late = featx.create_feature_extractor(model, ["second"])
+    model = net(forward, first=linear(), second=linear())
+    early = extract(model, ["first"])
+    late = extract(model, ["second"])
     with pytest.raises(AssertionError, match="four features"):
         early(torch.rand(1, 5))
     assert list(early(torch.rand(2, 4))) == ["first"]
@@ -151,10 +159,10 @@ def test_asserts_before_the_cut_stay_and_those_after_it_go() -> None:
 
 
 def test_placeholders_stay() -> None:
-    model = net(lambda self, x, unused, scale=2.0, *rest, **options: self.first(x) * scale, first=nn.Linear(4, 4))
-    extractor = featx.create_feature_extractor(model, ["x"])
+    model = net(lambda self, x, unused, scale=2.0, *rest, **options: self.first(x) * scale, first=linear())
+    extractor = extract(model, ["x"])
     x = torch.rand(1, 4)
-    assert torch.equal(extractor(x, None, 3.0, "more", option=1)["x"], x)
+    assert equal(extractor(x, None, 3.0, "more", option=1)["x"], x)
 
 
 def test_a_write_into_a_parameter_is_kept_for_the_module_that_reads_it() -> None:
@@ -162,11 +170,11 @@ def test_a_write_into_a_parameter_is_kept_for_the_module_that_reads_it() -> None
         self.fc.weight.data.clamp_(0.1, 0.2)
         return self.fc(x)
 
-    model, x = net(forward, fc=nn.Linear(4, 4)), torch.rand(2, 4)
-    extractor = featx.create_feature_extractor(model, ["fc"])
+    model, x = net(forward, fc=linear()), torch.rand(2, 4)
+    extractor = extract(model, ["fc"])
     actual = extractor(x)["fc"]
     assert model.fc.weight.min() >= 0.1
-    assert torch.equal(actual, model(x))
+    assert equal(actual, model(x))
 
 
 def test_a_buffer_that_is_written_and_read_again() -> None:
@@ -175,7 +183,7 @@ def test_a_buffer_that_is_written_and_read_again() -> None:
         return x + self.total
 
     model = net(forward, total=torch.zeros(()))
-    extractor = featx.create_feature_extractor(model, ["add_1"])
+    extractor = extract(model, ["add_1"])
     x = torch.ones(3)
     assert extractor(x)["add_1"].tolist() == [4.0, 4.0, 4.0]
     assert extractor(x)["add_1"].tolist() == [7.0, 7.0, 7.0]
@@ -192,8 +200,8 @@ def test_the_output_reads_its_values_when_all_is_done() -> None:
         return a, {"b": b}
 
     model, x = net(forward), torch.rand(3)
-    extractor = featx.create_feature_extractor(model, ["output"])
-    assert nets.same(extractor(x)["output"], model(x))
+    extractor = extract(model, ["output"])
+    assert same(extractor(x)["output"], model(x))
     kept = [node.target for node in extractor.eval_graph.nodes if node.op.startswith("call")]
     assert [getattr(target, "__name__", target) for target in kept] == ["mul", "mul", "add_", "mul_"]
 
@@ -228,8 +236,8 @@ def test_random_programs(rng: random.Random) -> None:
         model = net(forward)
         seen = truth(model, x)
         for query, value in seen.items():
-            assert nets.same(features(model, [query], x)[query], value), (plan, query)
-        assert nets.same(features(model, ["output"], x)["output"], model(x.clone())), (plan, returned)
+            assert same(features(model, [query], x)[query], value), (plan, query)
+        assert same(features(model, ["output"], x)["output"], model(x.clone())), (plan, returned)
 
 
 def bump(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -241,18 +249,18 @@ class Bumping(nn.Module):
         bump(x, y)
 
 
-@pytest.mark.parametrize("kind", ["function", "leaf"])
+@parametrize("kind", ["function", "leaf"])
 def test_an_opaque_call_whose_value_nobody_takes_is_there_for_its_effect(kind: str) -> None:
     def forward(self: Any, x: Any) -> Any:
         y = self.linear(x)
         (bump if kind == "function" else self.opaque)(x, y)
         return self.head(y)
 
-    model, x = net(forward, linear=nn.Linear(4, 4), opaque=Bumping(), head=nn.Linear(4, 4)), torch.rand(2, 4)
+    model, x = net(forward, linear=linear(), opaque=Bumping(), head=linear()), torch.rand(2, 4)
     kwargs = {"leaf_modules": [Bumping], "autowrap_functions": [bump]}
-    extractor = featx.create_feature_extractor(model, ["head"], tracer_kwargs=kwargs)
-    assert torch.equal(extractor(x)["head"], model(x))
-    alone = featx.create_feature_extractor(model, ["linear"], tracer_kwargs=kwargs)
+    extractor = extract(model, ["head"], tracer_kwargs=kwargs)
+    assert equal(extractor(x)["head"], model(x))
+    alone = extract(model, ["linear"], tracer_kwargs=kwargs)
     assert [node.op for node in alone.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
@@ -261,8 +269,8 @@ def test_an_opaque_call_whose_value_is_taken_is_believed_not_to_write() -> None:
         y = self.linear(x)
         return branching(y), y + 1
 
-    model = net(forward, linear=nn.Linear(4, 4))
-    extractor = featx.create_feature_extractor(model, ["add"], tracer_kwargs={"autowrap_functions": [branching]})
+    model = net(forward, linear=linear())
+    extractor = extract(model, ["add"], tracer_kwargs={"autowrap_functions": [branching]})
     assert [node.target for node in extractor.graph.nodes if node.op == "call_function"] == [operator.add]
 
 
@@ -271,27 +279,25 @@ def branching(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize(
-    "name", ["efficientnet_b0", "googlenet", "maxvit_t", "mvit_v1_b", "resnet18", "swin_t", "vit_b_32"]
-)
+@parametrize("name", ["efficientnet_b0", "googlenet", "maxvit_t", "mvit_v1_b", "resnet18", "swin_t", "vit_b_32"])
 def test_no_write_and_no_view_of_the_zoo_is_missed(name: str) -> None:
     """Storages and version counters say what each node wrote to and shared; the analysis must have foreseen it."""
-    x = nets.zoo_input(name)
+    x = zoo_input(name)
     for mode in (True, False):
-        model = nets.build(name).train(mode)
+        model = build(name).train(mode)
         tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
         graph = tracer.trace(model)
         effects = {node: featx._effects(tracer, node) for node in graph.nodes}
 
         class Watch(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                before = {node: list(nets.tensors(self.env[node])) for node in n.all_input_nodes}
+                before = {node: list(tensors(self.env[node])) for node in n.all_input_nodes}
                 versions = {node: [tensor._version for tensor in values] for node, values in before.items()}
                 value = super().run_node(n)
                 if n.op in ("placeholder", "get_attr", "output"):
                     return value
                 writes, views = effects[n]  # noqa: B023
-                storages = {tensor.storage().data_ptr() for tensor in nets.tensors(value) if tensor.numel()}
+                storages = {tensor.storage().data_ptr() for tensor in tensors(value) if tensor.numel()}
                 for node, values in before.items():
                     if [tensor._version for tensor in values] != versions[node]:
                         assert node in writes, f"{n.name} writes into {node.name}"
@@ -371,8 +377,8 @@ def test_an_opaque_leaf_with_an_in_place_part_may_write_its_input() -> None:
 
     model, x = net(forward, leaf=OpaqueFresh()), torch.rand(9)
     kwargs = {"leaf_modules": [OpaqueFresh]}
-    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs=kwargs)
-    assert torch.equal(extractor(x)["mul"], model(x)[0])
+    extractor = extract(model, ["mul"], tracer_kwargs=kwargs)
+    assert equal(extractor(x)["mul"], model(x)[0])
 
 
 def halve_(x: torch.Tensor) -> torch.Tensor:
@@ -386,8 +392,8 @@ def test_the_name_of_an_opaque_function_is_believed() -> None:
         return y * 2, z
 
     model, x = net(forward), torch.rand(9)
-    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs={"autowrap_functions": [halve_]})
-    assert torch.equal(extractor(x)["mul"], model(x)[0])
+    extractor = extract(model, ["mul"], tracer_kwargs={"autowrap_functions": [halve_]})
+    assert equal(extractor(x)["mul"], model(x)[0])
 
 
 @pytest.mark.zoo
@@ -400,7 +406,7 @@ def test_a_sequence_that_begins_with_a_fresh_value_does_not_write_its_input() ->
         return self.unwanted(y), self.wanted(y)
 
     model = net(forward, stem=nn.Conv2d(3, 4, 1), unwanted=block(4, 4), wanted=nn.Conv2d(4, 4, 1))
-    assert list(featx.create_feature_extractor(model, ["wanted"])._modules) == ["stem", "wanted"]
+    assert list(extract(model, ["wanted"])._modules) == ["stem", "wanted"]
 
 
 def test_a_write_by_keyword() -> None:
@@ -410,7 +416,7 @@ def test_a_write_by_keyword() -> None:
         return y * 2
 
     model, x = net(forward), torch.rand(9)
-    assert torch.equal(features(model, ["mul"], x)["mul"], model(x))
+    assert equal(features(model, ["mul"], x)["mul"], model(x))
 
 
 def test_a_write_into_several_outputs() -> None:
@@ -420,7 +426,7 @@ def test_a_write_into_several_outputs() -> None:
         return values * 2
 
     model, x = net(forward), torch.rand(9)
-    assert torch.equal(features(model, ["output"], x)["output"], model(x))
+    assert equal(features(model, ["output"], x)["output"], model(x))
 
 
 def test_operators_of_python_neither_write_nor_give_views() -> None:
@@ -434,9 +440,9 @@ def test_operators_of_python_neither_write_nor_give_views() -> None:
     model = net(forward, weight=nn.Parameter(torch.rand(4, 4)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        featx.create_feature_extractor(model, ["x", "gt", "lt", "and_", "matmul", "output"])
+        extract(model, ["x", "gt", "lt", "and_", "matmul", "output"])
     with pytest.warns(featx.FeatureWarning, match="'truediv' is overwritten in place"):
-        featx.create_feature_extractor(model, ["truediv", "output"])
+        extract(model, ["truediv", "output"])
 
 
 def test_what_sorts_a_list_only_reads_a_tensor() -> None:
@@ -445,11 +451,11 @@ def test_what_sorts_a_list_only_reads_a_tensor() -> None:
         y.sort()  # of a list, this would be a write
         return y * 2
 
-    extractor = featx.create_feature_extractor(net(forward, fc=nn.Linear(4, 4)), ["mul"])
+    extractor = extract(net(forward, fc=linear()), ["mul"])
     assert "sort" not in [node.target for node in extractor.graph.nodes]
 
 
-@pytest.mark.parametrize("inplace", [torch.zeros(2), lambda: True, None, "no"])
+@parametrize("inplace", [torch.zeros(2), lambda: True, None, "no"])
 def test_an_attribute_that_happens_to_be_called_inplace(inplace: Any) -> None:
     class Leaf(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -458,17 +464,17 @@ def test_an_attribute_that_happens_to_be_called_inplace(inplace: Any) -> None:
     leaf = Leaf()
     object.__setattr__(leaf, "inplace", inplace)
     model = net(lambda self, x: (self.leaf(x * 2), x * 3), leaf=leaf)
-    extractor = featx.create_feature_extractor(model, ["mul_1"], tracer_kwargs={"leaf_modules": [Leaf]})
+    extractor = extract(model, ["mul_1"], tracer_kwargs={"leaf_modules": [Leaf]})
     assert list(extractor._modules) == []
 
 
 def test_a_scripted_submodule_as_a_leaf() -> None:
-    model, x = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.ReLU()), torch.rand(2, 4)
+    model, x = nn.Sequential(torch.jit.script(linear()), nn.ReLU()), torch.rand(2, 4)
     kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
-    assert torch.equal(featx.create_feature_extractor(model, ["1"], tracer_kwargs=kwargs)(x)["1"], model(x))
+    assert equal(extract(model, ["1"], tracer_kwargs=kwargs)(x)["1"], model(x))
 
 
-@pytest.mark.parametrize("loaded", [False, True])
+@parametrize("loaded", [False, True])
 def test_a_scripted_submodule_that_works_in_place(loaded: bool) -> None:
     """It answers for ``inplace`` in a way of its own."""
     leaf = torch.jit.script(nn.ReLU(inplace=True))
@@ -476,10 +482,10 @@ def test_a_scripted_submodule_that_works_in_place(loaded: bool) -> None:
         file = io.BytesIO()
         torch.jit.save(leaf, file)
         leaf = torch.jit.load(io.BytesIO(file.getvalue()))
-    model, x = nn.Sequential(nn.Linear(4, 4), leaf), torch.randn(2, 4)
+    model, x = nn.Sequential(linear(), leaf), torch.randn(2, 4)
     kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
-    extractor = featx.create_feature_extractor(model, ["0", "1"], exact=True, tracer_kwargs=kwargs)
-    assert torch.equal(extractor(x)["0"], model[0](x))
+    extractor = extract(model, ["0", "1"], exact=True, tracer_kwargs=kwargs)
+    assert equal(extractor(x)["0"], model[0](x))
 
 
 def test_a_property_that_raises() -> None:
@@ -492,11 +498,11 @@ def test_a_property_that_raises() -> None:
             return x + 1
 
     model, x = net(lambda self, x: self.leaf(x) * 2, leaf=Leaf()), torch.rand(4)
-    extractor = featx.create_feature_extractor(model, ["mul"], tracer_kwargs={"leaf_modules": [Leaf]})
-    assert torch.equal(extractor(x)["mul"], model(x))
+    extractor = extract(model, ["mul"], tracer_kwargs={"leaf_modules": [Leaf]})
+    assert equal(extractor(x)["mul"], model(x))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "find",
     [
         lambda y: y.max(1, keepdim=True).values,
@@ -511,13 +517,13 @@ def test_a_write_into_a_part_of_a_named_tuple(find: Any) -> None:
         found.add_(1)
         return before.sum() + found
 
-    model, x = net(forward, fc=nn.Linear(4, 4)), torch.rand(3, 4)
+    model, x = net(forward, fc=linear()), torch.rand(3, 4)
     for exact in (False, True):
-        extractor = featx.create_feature_extractor(model, ["output"], exact=exact)
-        assert torch.equal(extractor(x)["output"], model(x))
+        extractor = extract(model, ["output"], exact=exact)
+        assert equal(extractor(x)["output"], model(x))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("parts", "writes"),
     [
         ([nn.ReLU(inplace=True)], True),
@@ -534,6 +540,6 @@ def test_a_sequence_that_is_a_leaf_writes_what_its_parts_write(parts: list[nn.Mo
         return self.leaf(y), y + 1
 
     model, x = net(forward, leaf=nn.Sequential(*parts)), torch.rand(3)
-    extractor = featx.create_feature_extractor(model, ["add"], tracer_kwargs={"leaf_modules": [nn.Sequential]})
-    assert torch.equal(extractor(x)["add"], model(x)[1])
+    extractor = extract(model, ["add"], tracer_kwargs={"leaf_modules": [nn.Sequential]})
+    assert equal(extractor(x)["add"], model(x)[1])
     assert list(extractor._modules) == ["leaf"] * writes

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch import nn
+from torch import equal, nn
 
-from tests import featx, nets
+from tests import featx
+from tests.helpers import extract, parametrize, same
+from tests.nets import Block, Modes, linear, net
 
 NAMES = ["x", "layer1.0.conv", "layer1.0.relu", "layer1.1.conv", "layer10.conv", "fc", "fc_1"]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("query", "position"),
     [
         ("x", 0),
@@ -40,10 +41,10 @@ def test_each_query_is_resolved_by_itself() -> None:
     assert featx._select(NAMES, queries) == featx._select(NAMES, queries[::-1]) == expected
 
 
-MODEL = nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 2))
+MODEL = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("return_nodes", "keys"),
     [
         ("1", ["1"]),
@@ -61,39 +62,37 @@ MODEL = nn.Sequential(nets.Block(), nets.Block(), nn.Linear(4, 2))
     ],
 )
 def test_forms_of_return_nodes(return_nodes: object, keys: list[str]) -> None:
-    extractor = featx.create_feature_extractor(MODEL, return_nodes)
+    extractor = extract(MODEL, return_nodes)
     assert list(extractor(torch.rand(3, 4))) == keys
 
 
 def test_queries_for_each_mode() -> None:
-    extractor = featx.create_feature_extractor(
-        nets.Modes(), train_return_nodes={"aux": "a", "head": "h"}, eval_return_nodes="mul", suppress_diff_warning=True
-    )
+    extractor = extract(Modes(), train_return_nodes={"aux": "a", "head": "h"}, eval_return_nodes="mul")
     x = torch.rand(3, 4)
     assert list(extractor.train()(x)) == ["h", "a"]
     assert list(extractor.eval()(x)) == ["mul"]
 
 
 def test_a_value_of_any_structure_can_be_asked_for() -> None:
-    model = nets.net(
-        lambda self, x: {"halves": torch.chunk(self.fc(x), 2, 1), "size": x.shape[0], "none": None}, fc=nn.Linear(4, 4)
+    model = net(
+        lambda self, x: {"halves": torch.chunk(self.fc(x), 2, 1), "size": x.shape[0], "none": None}, fc=linear()
     )
     x = torch.rand(3, 4)
-    values = featx.create_feature_extractor(model, ["chunk", "output", "getattr"])(x)
-    assert nets.same(values["output"], model(x))
-    assert nets.same(values["chunk"], torch.chunk(model.fc(x), 2, 1))
-    assert nets.same(tuple(values["getattr_1" if "getattr_1" in values else "getattr"]), (3, 4))
+    values = extract(model, ["chunk", "output", "getattr"])(x)
+    assert same(values["output"], model(x))
+    assert same(values["chunk"], torch.chunk(model.fc(x), 2, 1))
+    assert same(tuple(values["getattr_1" if "getattr_1" in values else "getattr"]), (3, 4))
     assert list(values)[-1] == "output"
 
 
 def test_output_means_a_module_of_that_name_where_there_is_one() -> None:
-    model = nets.net(lambda self, x: self.output(x) * 2, output=nn.Linear(4, 4))
+    model = net(lambda self, x: self.output(x) * 2, output=linear())
     x = torch.rand(3, 4)
-    values = featx.create_feature_extractor(model, "output")(x)
-    assert torch.equal(values["output"], model.output(x))
+    values = extract(model, "output")(x)
+    assert equal(values["output"], model.output(x))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("query", "first"),
     [("layer1.0.con", "layer1.0.conv"), ("layr1", "layer1"), ("fc_2", "fc_1"), ("layer_10", "layer10")],
 )

@@ -11,25 +11,36 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import equal, nn
 
 from tests import featx, nets
-from tests.nets import net, same
+from tests.helpers import (
+    X,
+    by_torch_save,
+    eval_names,
+    extract,
+    heard,
+    ignored_warnings,
+    node_names,
+    parametrize,
+    same,
+    snapshot,
+    truth,
+)
+from tests.nets import Block, build_on_meta, linear, net
 from tests.versions import older
 
-X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
 KINDS = ("torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer")
 
 
-def said(model: nn.Module, queries: Any = "output", **options: Any) -> List[str]:
+def said(model: nn.Module, queries: Any = "output", **options: Any) -> list[str]:
     """What an extractor is said to lose, each kind once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        featx.create_feature_extractor(model, queries, suppress_diff_warning=True, **options)
+    with heard() as caught:
+        extract(model, queries, **options)
     assert {warning.category for warning in caught} <= {featx.FeatureWarning}
     messages = [str(warning.message) for warning in caught]
     kinds = [kind for message in messages for kind in KINDS if kind in message]
@@ -37,15 +48,14 @@ def said(model: nn.Module, queries: Any = "output", **options: Any) -> List[str]
     return messages
 
 
-def kinds_of(messages: List[str]) -> List[str]:
+def kinds_of(messages: list[str]) -> list[str]:
     return [kind for kind in KINDS for message in messages if kind in message]
 
 
 def quietly(model: nn.Module, queries: Any = "output", **options: Any) -> nn.Module:
     """An extractor; what it warns of is another test's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return featx.create_feature_extractor(model, queries, **options)
+    with ignored_warnings():
+        return extract(model, queries, **options)
 
 
 def as_leaves(model: nn.Module, queries: Any = "output") -> nn.Module:
@@ -53,9 +63,9 @@ def as_leaves(model: nn.Module, queries: Any = "output") -> nn.Module:
     return quietly(model, queries, exact=True, auto_leaf=True)
 
 
-def outcomes(function: Callable[..., Any], parameters: List[nn.Parameter]) -> List[Any]:
+def outcomes(function: Callable[..., Any], parameters: list[nn.Parameter]) -> list[Any]:
     """Values, with their dtypes, and gradients; where gradients are enabled, and where they are not."""
-    found: List[Any] = []
+    found: list[Any] = []
     for enabled in (True, False):
         torch.manual_seed(1)
         with torch.set_grad_enabled(enabled):
@@ -149,7 +159,7 @@ def plain(self: Any, x: Any) -> Any:
     return self.fc(x)
 
 
-BLOCKS: Dict[str, List[Callable[..., Any]]] = {
+BLOCKS: dict[str, list[Callable[..., Any]]] = {
     "grad mode": [
         *(no_grad, no_grad_at_first, no_grad_around_a_function, set_false, set_false_and_true, inference),
         *(enable, set_true, enable_in_no_grad, no_grad_in_enable),
@@ -162,10 +172,10 @@ CASES = [(kind, forward) for kind, forwards in BLOCKS.items() for forward in for
 
 def around(forward: Callable[..., Any]) -> nn.Module:
     """A model, its module '1' with a forward."""
-    return nn.Sequential(nn.Linear(4, 4), net(forward, fc=nn.Linear(4, 4), scale=torch.rand(4)), nn.Identity())
+    return nn.Sequential(linear(), net(forward, fc=linear(), scale=torch.rand(4)), nn.Identity())
 
 
-@pytest.mark.parametrize(("kind", "forward"), CASES)
+@parametrize(("kind", "forward"), CASES)
 def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]) -> None:
     model = around(forward)
     (message,) = said(model)
@@ -173,21 +183,21 @@ def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]
     for part in ("module '1'", "exact=True", "auto_leaf=True"):
         assert part in message
     with pytest.raises(featx.UntraceableError, match=kind) as raised:
-        featx.get_graph_node_names(model, exact=True)
+        node_names(model, exact=True)
     assert (raised.value.path, raised.value.module_type) == ("1", type(model[1]))
     parameters = list(model.parameters())
     expected, right = outcomes(model, parameters), as_leaves(model, {"output": "y", "0": "first", "1": "second"})
     assert same(outcomes(lambda x: right(x)["y"], parameters), expected)
     assert same(outcomes(lambda x: right(x)["second"], parameters), expected)
-    assert same(quietly(model)(X)["output"], nets.truth(model, X)["2"])  # which is what torch.fx gives
+    assert same(quietly(model)(X)["output"], truth(model, X)["2"])  # which is what torch.fx gives
 
 
-@pytest.mark.parametrize("forward", [forward for _, forward in CASES])
+@parametrize("forward", [forward for _, forward in CASES])
 def test_the_line(forward: Callable[..., Any]) -> None:
     model = around(forward)
     (message,) = said(model)
     with pytest.raises(featx.UntraceableError) as raised:
-        featx.get_graph_node_names(model, exact=True)
+        node_names(model, exact=True)
     lines, first = inspect.getsourcelines(forward)
     for text in (message, str(raised.value)):
         ((number, line),) = re.findall(rf'File "{re.escape(__file__)}", line (\d+), in .*\n    (.*)', text)
@@ -199,7 +209,7 @@ class Around(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nets.Block(), nets.Block())
+        self.inner = nn.Sequential(Block(), Block())
         self.block = block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,17 +217,17 @@ class Around(nn.Module):
             return self.inner(x)
 
 
-@pytest.mark.parametrize("block", [torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+@parametrize("block", [torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_a_block_around_inner_modules_is_the_outer_ones(block: Any) -> None:
-    model = nn.Sequential(nets.Block(), Around(block), nets.Block())
+    model = nn.Sequential(Block(), Around(block), Block())
     for query in ("1.inner.0", "1.inner.1", "output"):
         (message,) = said(model, query)
         assert "module '1' " in message
     with pytest.raises(featx.UntraceableError) as raised:
-        featx.get_graph_node_names(model, exact=True)
+        node_names(model, exact=True)
     assert (raised.value.path, raised.value.module_type) == ("1", Around)
     with pytest.warns(UserWarning, match=r"\[tests\.test_tracing\.Around\]"):
-        names = featx.get_graph_node_names(model, exact=True, auto_leaf=True).eval
+        names = eval_names(model, exact=True, auto_leaf=True)
     assert "1" in names
     assert {"0.first", "2.first"} < set(names)
     model = model[:2]  # what comes after autocast would take its bfloat16 for a mistake
@@ -235,7 +245,7 @@ def test_one_warning_for_each_kind() -> None:
     assert sorted(kinds_of(messages)) == sorted(KINDS[:4])
     assert all("module '0.1' " in message for message in messages)
     with pytest.raises(featx.UntraceableError) as raised:
-        featx.get_graph_node_names(model, exact=True)
+        node_names(model, exact=True)
     assert raised.value.path == "0.1"
     right = as_leaves(model)
     assert same(outcomes(lambda x: right(x)["output"], []), outcomes(model, []))
@@ -262,13 +272,13 @@ def scale(self: Any, x: Any) -> Any:
     return self.fc(x * self.scale.sqrt())
 
 
-@pytest.mark.parametrize("forward", [no_grad, enable, cast, not_cast, noise, scale])
+@parametrize("forward", [no_grad, enable, cast, not_cast, noise, scale])
 def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> None:
     def branches(self: Any, x: Any) -> Any:
         before = self.before(x)
         return self.losing(before), self.beside(before)
 
-    model = net(branches, before=nets.Block(), losing=around(forward), beside=nets.Block())
+    model = net(branches, before=Block(), losing=around(forward), beside=Block())
     assert len(said(model)) == len(said(model, ["beside", "losing"])) == len(said(model, "losing.1")) == 1
     assert said(model, ["before", "beside", "losing.0"]) == []
     modes = {"train_return_nodes": ["before"], "eval_return_nodes": ["output"]}
@@ -280,7 +290,7 @@ def test_all_of_a_block_is_concerned() -> None:
         with torch.enable_grad():
             return self.first(x), self.second(x)
 
-    model = net(branches, first=nn.Linear(4, 4), second=nn.Linear(4, 4))
+    model = net(branches, first=linear(), second=linear())
     assert [len(said(model, query)) for query in ("first", "second")] == [1, 1]
 
 
@@ -290,11 +300,11 @@ def test_a_number_concerns_all_that_comes_later() -> None:
         beside = torch.sigmoid(x)
         return beside, self.fc(x) * number
 
-    model = net(forward, fc=nn.Linear(4, 4), scale=torch.rand(4))
+    model = net(forward, fc=linear(), scale=torch.rand(4))
     assert kinds_of(said(model, "mul")) == ["buffers"]
 
 
-NOTHING: Dict[str, Callable[..., Any]] = {
+NOTHING: dict[str, Callable[..., Any]] = {
     "zeros": lambda self, x: x + torch.zeros(4),
     "arange": lambda self, x: x + torch.arange(4) * 2,
     "tensor": lambda self, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]).sqrt(),
@@ -308,21 +318,21 @@ NOTHING: Dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", NOTHING)
+@parametrize("case", NOTHING)
 def test_no_false_alarm(case: str) -> None:
     members = {"scale": torch.rand(4), "index": torch.tensor([[1, 0], [3, 2]]), "weight": nn.Parameter(torch.rand(4))}
     model = nn.Sequential(net(NOTHING[case], **members))
     assert said(model) == []
-    assert torch.equal(quietly(model)(X)["output"], model(X))
+    assert equal(quietly(model)(X)["output"], model(X))
     if case != "a number":  # whose int() cannot be traced where buffers are nodes
         assert said(model, exact=True) == []
-    assert torch.equal(as_leaves(model)(X)["output"], model(X))
+    assert equal(as_leaves(model)(X)["output"], model(X))
 
 
 # --------------------------------------------------------------------------- what is made constant
 
 
-CONSTANTS: Dict[str, Callable[..., Any]] = {
+CONSTANTS: dict[str, Callable[..., Any]] = {
     "computed": lambda self, x: x * self.scale.sqrt(),
     "twice": lambda self, x: x * self.scale.sqrt().neg(),
     "with another constant": lambda self, x: x * (torch.ones(4) / self.scale),
@@ -342,41 +352,41 @@ def put(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return target
 
 
-@pytest.mark.parametrize("case", CONSTANTS)
+@parametrize("case", CONSTANTS)
 def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> None:
     inner = net(CONSTANTS[case], scale=torch.rand(4, dtype=torch.complex64 if case == "complex" else None))
-    model = nn.Sequential(nn.Linear(4, 4), inner)
+    model = nn.Sequential(linear(), inner)
     before = model(X)
     (message,) = said(model)
     assert "buffers" in message
     assert "module '1' " in message
     default, exact = quietly(model), quietly(model, exact=True)
-    assert torch.equal(default(X)["output"], before)
+    assert equal(default(X)["output"], before)
     state = {key: value + 0.5 for key, value in model.state_dict().items()}
     for module in (model, exact):
         module.load_state_dict({**module.state_dict(), **state})  # constants of its own stay
-        assert torch.equal(exact(X)["output"], model(X))
-    assert not torch.equal(model(X), before)
+        assert equal(exact(X)["output"], model(X))
+    assert not equal(model(X), before)
 
 
 def test_buffers_are_nodes() -> None:
     model = around(scale)
-    assert featx.get_graph_node_names(model, exact=True).eval == [
+    assert eval_names(model, exact=True) == [
         *("input", "0", "1._1_scale", "1.sqrt", "1.mul", "1.fc", "2"),  # as torch.fx calls parameters
     ]
     exact = quietly(model, {"1._1_scale": "scale", "1.sqrt": "root", "output": "output"}, exact=True)
-    assert torch.equal(exact(X)["scale"], model[1].scale)
+    assert equal(exact(X)["scale"], model[1].scale)
     assert sorted(exact.state_dict()) == sorted(model.state_dict())
     assert exact.get_buffer("1.scale") is model[1].scale
     copied = copy.deepcopy(exact)
     exact.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
-    assert torch.equal(exact(X)["output"], model(X))
-    assert torch.equal(copied(X)["scale"] * 2, model[1].scale)
+    assert equal(exact(X)["output"], model(X))
+    assert equal(copied(X)["scale"] * 2, model[1].scale)
     copied.double()
     assert copied(X.double())["output"].dtype is torch.float64
-    assert torch.equal(copied(X.double())["root"], copied.get_buffer("1.scale").sqrt())
+    assert equal(copied(X.double())["root"], copied.get_buffer("1.scale").sqrt())
     assert copied.to("meta")(X.double().to("meta"))["output"].is_meta
-    assert torch.equal(nets.by_torch_save(exact)(X)["output"], model(X))
+    assert equal(by_torch_save(exact)(X)["output"], model(X))
 
 
 def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
@@ -385,7 +395,7 @@ def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
     exact = quietly(model, exact=True)
     assert list(exact.state_dict()) == list(model.state_dict())
     model[1].scale += 1
-    assert torch.equal(exact(X)["output"], model(X))
+    assert equal(exact(X)["output"], model(X))
 
 
 @pytest.mark.skipif(older(torch="2.14"), reason="a proxy cannot stand in for a buffer, so that any way is refused")
@@ -397,16 +407,16 @@ def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
     model = around(forward)
     assert any("assigns a buffer" in message for message in said(model))
     with pytest.raises(featx.UntraceableError, match="assigns a buffer") as raised:
-        featx.get_graph_node_names(model, exact=True)
+        node_names(model, exact=True)
     assert raised.value.path == "1"
     right, reference = as_leaves(model), copy.deepcopy(model)
     for _ in range(3):
-        assert torch.equal(right(X)["output"], reference(X))
+        assert equal(right(X)["output"], reference(X))
     with pytest.raises(featx.UntraceableError, match="assigns a buffer"):
-        featx.get_graph_node_names(model[1], exact=True)
+        node_names(model[1], exact=True)
 
 
-DRAWS: Dict[str, Callable[..., Any]] = {
+DRAWS: dict[str, Callable[..., Any]] = {
     "rand": lambda self, x: x + torch.rand(4),
     "randn": lambda self, x: x * torch.randn(4).abs().sqrt(),
     "order": lambda self, x: x[:, torch.randperm(4)],
@@ -422,12 +432,12 @@ DRAWS: Dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", DRAWS)
+@parametrize("case", DRAWS)
 def test_what_is_drawn_is_said_refused_or_right(case: str) -> None:
     model = around(DRAWS[case])
     assert kinds_of(said(model)) == ["random numbers"]
     with pytest.raises(featx.UntraceableError, match="random numbers") as raised:
-        featx.get_graph_node_names(model, exact=True)
+        node_names(model, exact=True)
     assert raised.value.path == "1"
     right, parameters = as_leaves(model), list(model.parameters())
     assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
@@ -447,33 +457,33 @@ def test_what_is_drawn_like_the_input_is_a_node() -> None:
     model = around(lambda self, x: self.fc(x + torch.rand_like(x)))
     assert said(model) == said(model, exact=True) == []
     exact = quietly(model, exact=True)
-    assert not torch.equal(exact(X)["output"], exact(X)["output"])
+    assert not equal(exact(X)["output"], exact(X)["output"])
 
 
 # ------------------------------------------------------------------------- the model's own forward
 
 
-@pytest.mark.parametrize("forward", [no_grad, enable, cast, noise])
+@parametrize("forward", [no_grad, enable, cast, noise])
 def test_the_models_own_forward(forward: Callable[..., Any]) -> None:
-    parts = {"body": nn.Sequential(nets.Block()), "bad": around(no_grad), "fc": nn.Linear(4, 4)}
+    parts = {"body": nn.Sequential(Block()), "bad": around(no_grad), "fc": linear()}
     model = net(forward, **parts)
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
     for auto_leaf in (False, True):
         with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
-            featx.create_feature_extractor(model, "output", exact=True, auto_leaf=auto_leaf)
+            extract(model, "output", exact=True, auto_leaf=auto_leaf)
         assert (raised.value.path, raised.value.traceable) == ("", ["body"])
     right, parameters = as_leaves(nn.Sequential(model)), list(model.parameters())
     assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
 
 
 def test_the_model_computes_from_buffers() -> None:
-    model = net(scale, fc=nn.Linear(4, 4), scale=torch.rand(4))
+    model = net(scale, fc=linear(), scale=torch.rand(4))
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
     exact = quietly(model, exact=True)
     model.scale += 1
-    assert torch.equal(exact(X)["output"], model(X))
+    assert equal(exact(X)["output"], model(X))
 
 
 def replaced(model: nn.Module) -> nn.Module:
@@ -484,25 +494,25 @@ def replaced(model: nn.Module) -> nn.Module:
 
 
 def test_a_replaced_forward_is_refused_said_or_in_a_sequential_right() -> None:
-    model = replaced(nn.Sequential(nets.Block(), nets.Block()))
+    model = replaced(nn.Sequential(Block(), Block()))
     for query in ("input", "0", "output"):
         (message,) = said(model, query)
         assert "replaced on the instance" in message
         assert "nn.Sequential(model)" in message
     with pytest.raises(featx.UntraceableError, match=r"nn\.Sequential\(model\)") as raised:
-        featx.get_graph_node_names(model, exact=True, auto_leaf=True)
+        node_names(model, exact=True, auto_leaf=True)
     assert (raised.value.path, raised.value.traceable) == ("", ["0", "1"])
     wrapped = nn.Sequential(model)
     for options in ({}, {"exact": True}):
         assert said(wrapped, **options) == []
-        assert torch.equal(quietly(wrapped, **options)(X)["output"], model(X))
+        assert equal(quietly(wrapped, **options)(X)["output"], model(X))
 
 
 def test_a_replaced_forward_inside_is_traced() -> None:
-    model = nn.Sequential(nets.Block(), replaced(nets.Block()), replaced(nn.Sequential(nets.Block())))
+    model = nn.Sequential(Block(), replaced(Block()), replaced(nn.Sequential(Block())))
     for options in ({}, {"exact": True}):
         assert said(model, **options) == []
-        assert torch.equal(quietly(model, **options)(X)["output"], model(X))
+        assert equal(quietly(model, **options)(X)["output"], model(X))
 
 
 # ------------------------------------------------------------------------------- the caller's things
@@ -510,7 +520,7 @@ def test_a_replaced_forward_inside_is_traced() -> None:
 
 def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
     busy = nn.Sequential(*(around(forward) for forward in (no_grad, enable, cast_in_no_grad)))
-    found: List[Any] = []
+    found: list[Any] = []
 
     def elsewhere() -> None:
         found.extend(outcomes(busy, list(busy.parameters())))
@@ -533,7 +543,7 @@ def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
 
 
 def test_what_the_thread_is_in_is_no_block() -> None:
-    model = nn.Sequential(nets.Block(), around(plain))
+    model = nn.Sequential(Block(), around(plain))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert said(model) == said(model, exact=True) == []
     with torch.inference_mode():
@@ -542,10 +552,10 @@ def test_what_the_thread_is_in_is_no_block() -> None:
         assert kinds_of(said(around(no_grad))) == kinds_of(said(around(enable))) == ["grad mode"]
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("forward", [plain, enable, no_grad, cast, noise, lambda self, x: self.missing(x)])
+@parametrize("exact", [False, True])
+@parametrize("forward", [plain, enable, no_grad, cast, noise, lambda self, x: self.missing(x)])
 def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
-    def state() -> List[Any]:
+    def state() -> list[Any]:
         enters = [vars(block).get("__enter__") for block in (torch.enable_grad, torch.set_grad_enabled, torch.no_grad)]
         return [*enters, torch.is_grad_enabled(), torch.is_autocast_enabled(), torch._C._len_torch_dispatch_stack()]
 
@@ -558,19 +568,19 @@ def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
     assert state() == before
 
 
-@pytest.mark.parametrize("model", [around(no_grad), around(scale), around(noise), replaced(around(plain))])
+@parametrize("model", [around(no_grad), around(scale), around(noise), replaced(around(plain))])
 def test_the_warnings_can_be_silenced(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(featx.FeatureWarning):
-            featx.create_feature_extractor(model, "output")
+            extract(model, "output")
         warnings.filterwarnings("ignore", category=featx.FeatureWarning)
-        featx.create_feature_extractor(model, "output")
+        extract(model, "output")
 
 
 def test_they_are_said_where_the_extractor_is_made() -> None:
     with pytest.warns(featx.FeatureWarning) as caught:
-        featx.create_feature_extractor(around(no_grad), "output")
+        extract(around(no_grad), "output")
     assert [warning.filename for warning in caught] == [__file__]
 
 
@@ -590,7 +600,7 @@ class Computing(torch.nn.Module):
             return x * self.scale.sqrt() + torch.zeros(4).exp() + torch.rand(4)
 
 before = set(sys.modules)
-featx.create_feature_extractor(Computing(), "output")
+extract(Computing(), "output")
 added = sorted(set(sys.modules) - before)
 assert not [name for name in added if name.startswith("torch._dynamo")], added
 """
@@ -627,12 +637,12 @@ def test_a_frozen_batch_norm_follows_its_checkpoint() -> None:
         assert same(exact(x), returned(model, queries, x))
 
 
-def returned(model: nn.Module, queries: List[str], x: torch.Tensor) -> Dict[str, Any]:
+def returned(model: nn.Module, queries: list[str], x: torch.Tensor) -> dict[str, Any]:
     """What modules return in eager execution, and last what the model does."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     with contextlib.ExitStack() as hooks:
         for query in queries[:-1]:
-            keep = lambda module, inputs, output, query=query: found.update({query: nets.snapshot(output)})  # noqa: E731
+            keep = lambda module, inputs, output, query=query: found.update({query: snapshot(output)})  # noqa: E731
             hooks.callback(model.get_submodule(query).register_forward_hook(keep).remove)
         output = model(x)
     return {**found, queries[-1]: output}
@@ -651,11 +661,11 @@ class FrozenBody(nn.Module):
 def test_a_frozen_body_in_a_trained_head() -> None:
     models = pytest.importorskip("torchvision.models")
     body = FrozenBody(models.resnet18(weights=None, num_classes=8))
-    model = nn.Sequential(body, nets.Block(8), nn.Linear(8, 2)).eval()
+    model = nn.Sequential(body, Block(8), nn.Linear(8, 2)).eval()
     right, x = as_leaves(model, ["0", "output"]), torch.rand(2, 3, 64, 64)
     parameters = list(model.parameters())
 
-    def gradients(value: torch.Tensor) -> List[Any]:
+    def gradients(value: torch.Tensor) -> list[Any]:
         return list(torch.autograd.grad(value.square().sum(), parameters, allow_unused=True))
 
     expected = gradients(model(x))
@@ -679,9 +689,8 @@ def test_autocast_in_one_block_of_a_vit() -> None:
     (message,) = said(model)
     assert f"module {path!r} " in message
     x = torch.rand(2, 3, 32, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = featx.get_graph_node_names(model, exact=True, auto_leaf=True).eval
+    with ignored_warnings():
+        names = eval_names(model, exact=True, auto_leaf=True)
     modules = [name for name, _ in model.named_modules() if name in names]
     assert path in modules
     assert path + ".mlp.0" not in modules
@@ -693,7 +702,7 @@ def test_autocast_in_one_block_of_a_vit() -> None:
 # ----------------------------------------------------------------------------------------- the zoo
 
 
-def exact_nodes(model: nn.Module, buffers: bool) -> Dict[Any, str]:
+def exact_nodes(model: nn.Module, buffers: bool) -> dict[Any, str]:
     """The nodes and their exact names, where buffers are nodes and where they are not."""
     tracer = featx.NodePathTracer(exact=True, **featx._tracer_arguments(None))
     tracer.proxy_buffer_attributes = buffers
@@ -703,13 +712,12 @@ def exact_nodes(model: nn.Module, buffers: bool) -> Dict[Any, str]:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", nets.collected(nets.traceable))
+@parametrize("name", nets.collected(nets.traceable))
 def test_the_zoo_is_silent_and_gains_nodes_of_buffers_alone(name: str) -> None:
-    model = nets.build_on_meta(name)
-    names = featx.get_graph_node_names(model, suppress_diff_warning=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        featx.create_feature_extractor(model, None, *names, suppress_diff_warning=True)
+    model = build_on_meta(name)
+    names = node_names(model)
+    with heard() as caught:
+        extract(model, None, *names)
     assert not [message for message in map(str, caught) if any(kind in message for kind in KINDS)]
     buffers = {path for path, _ in model.named_buffers()}
     for mode in (True, False):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 
 from tests import featx, nets
+from tests.helpers import feature_extraction, ignored_warnings, node_names, parametrize
+from tests.nets import build_on_meta
 from tests.versions import older
 
-theirs = pytest.importorskip("torchvision.models.feature_extraction")
+theirs = feature_extraction()
 
 pytestmark = [pytest.mark.zoo, pytest.mark.names]
 ZOO = nets.zoo_names()
@@ -23,26 +23,25 @@ def test_the_zoo_is_whole() -> None:
         assert len(ZOO) == 121 - len(video)
 
 
-@pytest.mark.parametrize("name", nets.traceable())
+@parametrize("name", nets.traceable())
 def test_names_equal_torchvisions(name: str) -> None:
-    model = nets.build_on_meta(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    model = build_on_meta(name)
+    with ignored_warnings():
         train, evaluation = theirs.get_graph_node_names(model)
-    ours = featx.get_graph_node_names(model, suppress_diff_warning=True)
+    ours = node_names(model)
     assert ours.train == train
     assert ours.eval == evaluation
     assert len(evaluation) > 10
 
 
-@pytest.mark.parametrize("name", sorted(nets.UNTRACEABLE))
+@parametrize("name", sorted(nets.UNTRACEABLE))
 def test_the_others_fail_for_the_same_reason(name: str) -> None:
-    model = nets.build_on_meta(name)
+    model = build_on_meta(name)
     kind, message = nets.UNTRACEABLE[name]
     with pytest.raises(kind, match=message) as raised:
         theirs.get_graph_node_names(model)
     with pytest.raises(featx.UntraceableError, match=message) as raised_here:
-        featx.get_graph_node_names(model)
+        node_names(model)
     assert type(raised_here.value.__cause__) is type(raised.value)
     assert raised_here.value.path == ""
     assert raised_here.value.module_type is type(model)

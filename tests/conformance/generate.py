@@ -12,13 +12,15 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
 from tests import featx, nets
+from tests.helpers import Snapshots, tensors
+from tests.nets import build_on_meta, zoo_input
 
 ZOO = Path(__file__).parent / "zoo"
 COLUMNS = ("name", "operation", "target", "shape")
@@ -26,10 +28,10 @@ SAME = "same as train"
 NOT_HEADER = ("made_by", "count", "train", "eval")
 MOST = 12  # lines for each mode of a model
 
-Row = List[Any]
+Row = list[Any]
 
 
-def versions() -> Dict[str, str]:
+def versions() -> dict[str, str]:
     """What a file would be made by here."""
     import torchvision
 
@@ -37,7 +39,7 @@ def versions() -> Dict[str, str]:
     return {name: str(library.__version__).partition("+")[0] for name, library in libraries.items()}
 
 
-def stored() -> List[str]:
+def stored() -> list[str]:
     """The models that have a file."""
     return sorted(path.stem for path in ZOO.glob("*.json"))
 
@@ -46,16 +48,16 @@ def path_of(name: str) -> Path:
     return ZOO / f"{name}.json"
 
 
-def load(name: str) -> Dict[str, Any]:
+def load(name: str) -> dict[str, Any]:
     """A model's file as it is stored."""
-    document: Dict[str, Any] = json.loads(path_of(name).read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads(path_of(name).read_text(encoding="utf-8"))
     return document
 
 
-def make(name: str) -> Dict[str, Any]:
+def make(name: str) -> dict[str, Any]:
     """A model's file as featx makes it here; the model runs on the meta device, which computes shapes only."""
-    x = nets.zoo_input(name)
-    model = nets.build_on_meta(name).to("meta")
+    x = zoo_input(name)
+    model = build_on_meta(name).to("meta")
     with warnings.catch_warnings(), featx._unchanged(model) as restore:
         warnings.simplefilter("ignore")  # what torchvision's models warn of is not about names
         tracers = featx._trace_both(restore, model, None, None, False, False)
@@ -74,9 +76,9 @@ def make(name: str) -> Dict[str, Any]:
     }
 
 
-def rows(model: nn.Module, tracer: Any, x: torch.Tensor) -> List[Row]:
+def rows(model: nn.Module, tracer: Any, x: torch.Tensor) -> list[Row]:
     """What is stored of each node that has a name."""
-    interpreter = nets.Snapshots(fx.GraphModule(model, tracer.graph))
+    interpreter = Snapshots(fx.GraphModule(model, tracer.graph))
     with torch.no_grad():
         interpreter.run(x.to("meta"))
     return [
@@ -98,12 +100,12 @@ def shape(value: Any) -> Any:
     """
     if isinstance(value, torch.Tensor):
         return list(value.shape)
-    if isinstance(value, (list, tuple)) and list(nets.tensors(value)):
+    if isinstance(value, (list, tuple)) and list(tensors(value)):
         return [shape(item) for item in value]
     return None
 
 
-def text(document: Dict[str, Any]) -> str:
+def text(document: dict[str, Any]) -> str:
     """JSON with one line for each entry of the header and one for each node."""
 
     def dump(value: Any) -> str:
@@ -118,7 +120,7 @@ def text(document: Dict[str, Any]) -> str:
     return "\n".join(["{", ",\n".join(entries), "}\n"])
 
 
-def differences(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How a stored file differs from a new one; what made them does not count.
 
     >>> old = {"train": [["x", "placeholder", "x", [1]], ["fc", "call_module", "fc", [1, 2]]], "eval": SAME}
@@ -135,12 +137,12 @@ def differences(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
     return [*(f"{key}: {headers[0].get(key)} -> {headers[1].get(key)}" for key in keys), *lines]
 
 
-def rows_of(document: Dict[str, Any], mode: str) -> List[Row]:
-    listed: List[Row] = document["train"] if document[mode] == SAME else document[mode]
+def rows_of(document: dict[str, Any], mode: str) -> list[Row]:
+    listed: list[Row] = document["train"] if document[mode] == SAME else document[mode]
     return listed
 
 
-def mode_differences(old: List[Row], new: List[Row]) -> List[str]:
+def mode_differences(old: list[Row], new: list[Row]) -> list[str]:
     """The nodes that were removed, added and changed, and where the order begins to differ."""
     before, after = ({row[0]: row for row in listed} for listed in (old, new))
     lines = [f"removed {described(row)}" for row in old if row[0] not in after]
@@ -158,11 +160,11 @@ def described(row: Row) -> str:
     return "{} ({} {}, shape {})".format(*row)
 
 
-def shortened(lines: List[str]) -> List[str]:
+def shortened(lines: list[str]) -> list[str]:
     return lines if len(lines) <= MOST else [*lines[:MOST], f"… and {len(lines) - MOST} more"]
 
 
-def check(name: str) -> List[str]:
+def check(name: str) -> list[str]:
     """How the stored file of a model differs from what featx gives here."""
     if name not in nets.traceable():
         return ["there is a file, but torchvision has no such model that torch.fx can trace"]

@@ -1,0 +1,309 @@
+"""What several files of tests do: extractors, records of eager execution, comparisons, other processes."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import featx
+
+ROOT = Path(__file__).parent.parent
+X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+
+parametrize = pytest.mark.parametrize
+in_both_modes = parametrize("mode", [True, False])
+
+
+def feature_extraction() -> Any:
+    """torchvision's file; where it is absent, the test is skipped."""
+    return pytest.importorskip("torchvision.models.feature_extraction")
+
+
+# --- featx ---
+
+
+def extract(model: nn.Module, *queries: Any, **options: Any) -> Any:
+    """An extractor; that the modes differ is another test's, any other warning is an error."""
+    return featx.create_feature_extractor(model, *queries, **{"suppress_diff_warning": True, **options})
+
+
+def extract_quietly(model: nn.Module, *queries: Any, **options: Any) -> Any:
+    """An extractor; what it warns of is another test's."""
+    with ignored_warnings():
+        return extract(model, *queries, **options)
+
+
+def feature(model: nn.Module, query: str = "output", **options: Any) -> Any:
+    """The value of one feature."""
+    return extract(model, query, **options)(X)[query]
+
+
+def exact(model: nn.Module, *queries: Any, **options: Any) -> Any:
+    """An extractor of exact features."""
+    return extract(model, *queries, exact=True, **options)
+
+
+def node_names(model: Any, *arguments: Any, **options: Any) -> Any:
+    """The names in train mode and in eval mode; that they differ is another test's."""
+    return featx.get_graph_node_names(model, *arguments, **{"suppress_diff_warning": True, **options})
+
+
+def eval_names(model: Any, *arguments: Any, **options: Any) -> list[str]:
+    return node_names(model, *arguments, **options)[1]
+
+
+# What is private has other names one day: each is called here and nowhere else in the tests.
+
+
+def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any, fx.GraphModule]:
+    """The tracer of a model in its mode, as both public functions use it, and the whole graph as a module."""
+    tracer = featx.NodePathTracer(**options, **featx._tracer_arguments(None))
+    tracer.proxy_buffer_attributes = buffers
+    with featx._unchanged(model):
+        return tracer, fx.GraphModule(model, tracer.trace(model))
+
+
+def given_names(calls: Iterable[tuple[str, str | None]], paths: Iterable[str] = ()) -> list[str]:
+    """The names of calls, each a scope and torch.fx's name, or the path of a leaf and None."""
+    namer = featx._Namer(paths)
+    return [namer.name(*call) for call in calls]
+
+
+def without_number(name: str) -> str:
+    return featx._split_number(name)[0]
+
+
+def select(names: list[str], queries: Iterable[str]) -> dict[str, int]:
+    return featx._select(names, queries)
+
+
+def prefixes(name: str) -> list[str]:
+    return list(featx._prefixes(name))
+
+
+def suggestions(names: list[str], query: str) -> list[str]:
+    return featx._suggestions(names, query)
+
+
+def operation(*inputs: int, **parts: Any) -> Any:
+    return featx._Operation(inputs, **parts)
+
+
+def staying(*arguments: Any) -> list[int]:
+    return featx._staying(*arguments)
+
+
+def overwritten(*arguments: Any) -> dict[tuple[int, int], int]:
+    return featx._overwritten(*arguments)
+
+
+# --- eager execution ---
+
+
+def seeded(module: Callable[..., Any], x: Any) -> Any:
+    """A call whose random numbers are the same each time."""
+    torch.manual_seed(1)
+    return module(x)
+
+
+def run(module: Callable[..., Any], x: torch.Tensor = X) -> Any:
+    """The same without gradients, and with a copy of the input."""
+    with torch.no_grad():
+        return seeded(module, x.clone())
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, keep: Callable[[Any], Any] | None = None) -> Iterator[list[tuple[str, Any]]]:
+    """The path of each module that is called in the block, with what it returned: a clone, if nothing else is said."""
+    calls: list[tuple[str, Any]] = []
+
+    def hook_of(path: str) -> Callable[..., None]:
+        return lambda module, inputs, value: calls.append((path, (keep or snapshot)(value)))
+
+    with contextlib.ExitStack() as hooks:
+        for path, module in model.named_modules():
+            hooks.callback(module.register_forward_hook(hook_of(path)).remove)
+        yield calls
+
+
+def as_it_is(value: Any) -> Any:
+    return value
+
+
+def returned(model: nn.Module, x: torch.Tensor = X) -> dict[str, list[Any]]:
+    """What each call of each module returned in eager execution, and at "" what the model did."""
+    seen = collections.defaultdict(list)
+    with recording(model) as calls:
+        run(model, x)
+    for path, value in calls:
+        seen[path].append(value)
+    return dict(seen)
+
+
+class Snapshots(fx.Interpreter):
+    """Runs a graph and keeps a clone of every node's value, taken when it was made."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n.name] = snapshot(value)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        plain = [list(value) if isinstance(value, list) else value for value in args]  # a graph's cannot be changed
+        return super().call_function(target, tuple(plain), kwargs)
+
+
+def truth(model: nn.Module, x: torch.Tensor = X) -> dict[str, Any]:
+    """Name -> what the node's value was when it was made, from an independent run of the whole graph."""
+    tracer, module = traced(model)
+    interpreter = Snapshots(module)
+    run(interpreter.run, x)
+    return {name: interpreter.seen[node.name] for node, name in tracer.node_to_qualname.items()}
+
+
+# --- warnings ---
+
+
+@contextlib.contextmanager
+def ignored_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[warnings.WarningMessage]]:
+    """All warnings of the block, none of which is an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+
+
+def texts(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught]
+
+
+# --- values ---
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def snapshot(value: Any) -> Any:
+    """The value as it is now: later in-place writes do not reach it."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        items = [snapshot(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [snapshot(item) for item in value]
+    if isinstance(value, dict):
+        return type(value)((key, snapshot(item)) for key, item in value.items())
+    return value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit-equal values of the same structure."""
+    if isinstance(a, torch.Tensor):
+        if not (isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape):
+            return False
+        if a.is_quantized:
+            a, b = a.dequantize(), b.dequantize()
+        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return bool(a == b)
+
+
+def picture(model: nn.Module) -> dict[str, Any]:
+    """All that a user can see of a model and of the process, as plain data with identities."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return id(value), value.detach().clone()
+        if isinstance(value, dict):
+            return [(key, id(item)) for key, item in value.items()]
+        if isinstance(value, (list, set)):
+            return [id(item) for item in value]
+        return value if isinstance(value, (bool, int, str)) else id(value)
+
+    modules = {}
+    for path, module in model.named_modules():
+        modules[path] = [(name, shown(value)) for name, value in vars(module).items()]
+    return {
+        "modules": modules,
+        "state": snapshot(dict(model.state_dict())),
+        "grad": torch.is_grad_enabled(),
+        "rng": torch.get_rng_state(),
+        "call": id(nn.Module.__call__),
+        "getattr": id(nn.Module.__getattr__),
+        "filters": list(warnings.filters),
+    }
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """After the block the model and the process are what they were."""
+    before = picture(model)
+    yield
+    assert same(picture(model), before)
+
+
+# --- copies and processes ---
+
+
+def by_pickle(module: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_torch_save(module: nn.Module) -> Any:
+    """The module as it comes out of a file."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": by_pickle,
+    "torch.save": by_torch_save,
+    "twice": lambda module: copy.copy(by_pickle(copy.deepcopy(module))),
+}
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        **{"cwd": ROOT, "capture_output": True, "text": True, **options},
+    )
