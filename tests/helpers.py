@@ -39,6 +39,11 @@ def extract(model: nn.Module, *queries: Any, **options: Any) -> Any:
     return featx.create_feature_extractor(model, *queries, **{"suppress_diff_warning": True, **options})
 
 
+def in_its_mode(model: nn.Module, queries: Any) -> tuple[Any, Any, Any]:
+    """Arguments with queries for the mode that a model is in, and none for the other."""
+    return (None, queries, []) if model.training else (None, [], queries)
+
+
 def extract_quietly(model: nn.Module, *queries: Any, **options: Any) -> Any:
     """An extractor; what it warns of is another test's."""
     with ignored_warnings():
@@ -47,7 +52,7 @@ def extract_quietly(model: nn.Module, *queries: Any, **options: Any) -> Any:
 
 def feature(model: nn.Module, query: str = "output", **options: Any) -> Any:
     """The value of one feature."""
-    return extract(model, query, **options)(X)[query]
+    return extract(model, query, **options)(X.clone())[query]
 
 
 def exact(model: nn.Module, *queries: Any, **options: Any) -> Any:

@@ -12,16 +12,22 @@ from torch import equal, nn
 
 from tests import featx
 from tests.conformance import slow
-from tests.helpers import X, eval_names, extract, in_both_modes, node_names, parametrize
-from tests.nets import Block, Modes, net
+from tests.helpers import (
+    X,
+    eval_names,
+    exact,
+    extract,
+    feature_extraction,
+    given_names,
+    in_both_modes,
+    node_names,
+    parametrize,
+    recording,
+    returned,
+    run,
+)
+from tests.nets import Block, Modes, build_with_input, net
 from tests.versions import older
-
-X = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
-
-
-def names_of(calls: list[tuple[str, Optional[str]]]) -> list[str]:
-    namer = featx._Namer()
-    return [namer.name(scope, own) for scope, own in calls]
 
 
 @parametrize(
@@ -56,15 +62,18 @@ def names_of(calls: list[tuple[str, Optional[str]]]) -> list[str]:
     ],
 )  # fmt: skip
 def test_rules(calls: list[tuple[str, Optional[str]]], names: list[str]) -> None:
-    assert names_of(calls) == names
+    assert given_names(calls) == names
 
 
 def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
+    pieces = ["x", "x_1", "x_0", "x_2", "x_1_1", "_1", "a_x", "x_10", "x_00", None]
     for _ in range(300):
-        pieces = ["x", "x_1", "x_0", "x_2", "x_1_1", "_1", "a_x", "x_10", "x_00", "1"]
-        calls = [(rng.choice(["", "a", "a_1", "a.b"]), rng.choice(pieces)) for _ in range(rng.randrange(40))]
-        calls = [(scope, own) if own != "1" or not scope else (scope, None) for scope, own in calls]
-        names = names_of(calls)
+        count = rng.randrange(40)
+        scopes = rng.choices(["", "a", "a_1", "a.b"], k=count)
+        calls = []
+        for scope, own in zip(scopes, rng.choices(pieces, k=count)):
+            calls.append((scope, own) if scope else ("", own or "1"))
+        names = given_names(calls)
         assert names == slow.names(calls), calls
         assert len(set(names)) == len(names), calls
 
@@ -72,15 +81,21 @@ def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
 def test_a_descending_run_does_not_make_naming_slow() -> None:
     """Each reset runs into the names before it; walking over them again and again would be quadratic."""
     count = 20_000
-    calls = [call for i in range(count, 0, -1) for call in (("", f"x_{i}_1"), ("", "x"))]
+    calls = []
+    for number in range(count, 0, -1):
+        calls.append(("", f"x_{number}_1"))
+        calls.append(("", "x"))
     start = time.perf_counter()
-    assert len(set(names_of(calls))) == 2 * count
+    assert len(set(given_names(calls))) == 2 * count
     assert time.perf_counter() - start < 5
+
+
+BLOCK = ["first", "sigmoid", "second", "sigmoid_1", "add"]
 
 
 def test_names_of_both_modes() -> None:
     names = node_names(Modes())
-    block = ["body.0.first", "body.0.sigmoid", "body.0.second", "body.0.sigmoid_1", "body.0.add"]
+    block = [f"body.0.{name}" for name in BLOCK]
     assert isinstance(names, featx.NodeNames)
     assert names.train == ["x", *block, "body.1", "body.2", "head", "aux", "mean", "add"]
     assert names.eval == ["x", *block, "body.1", "body.2", "head", "mul"]
@@ -89,7 +104,7 @@ def test_names_of_both_modes() -> None:
 def test_shared_and_repeated_modules() -> None:
     shared = Block()
     model = net(lambda self, x: self.b(self.a(self.a(x))), a=shared, b=shared)
-    first = ["a.first", "a.sigmoid", "a.second", "a.sigmoid_1", "a.add"]
+    first = [f"a.{name}" for name in BLOCK]
     second = ["a.first_1", "a.sigmoid_2", "a.second_1", "a.sigmoid_3", "a.add_1"]
     third = ["a.first_2", "a.sigmoid_4", "a.second_2", "a.sigmoid_5", "a.add_2"]
     assert eval_names(model) == ["x", *first, *second, *third]
@@ -116,10 +131,10 @@ def test_a_function_can_be_traced() -> None:
 
 def test_leaf_modules_and_non_leaf_modules() -> None:
     model = nn.Sequential(Block(), nn.Identity())
-    plain = eval_names(model)
     closed = eval_names(model, {"leaf_modules": [Block]})
     opened = eval_names(model, {"non_leaf_modules": {nn.Identity, nn.Linear}})
-    assert plain == ["input", "0.first", "0.sigmoid", "0.second", "0.sigmoid_1", "0.add", "1"]
+    plain = ["input", *(f"0.{name}" for name in BLOCK), "1"]
+    assert eval_names(model) == plain
     assert closed == ["input", "0", "1"]
     assert "0.first.linear" in opened
     assert "0.first" not in opened
@@ -131,22 +146,22 @@ def test_leaf_modules_and_non_leaf_modules() -> None:
 
 @pytest.mark.zoo
 def test_what_is_inside_of_torchvisions_modules_can_be_asked_for() -> None:
-    models, ops = (pytest.importorskip(f"torchvision.{part}") for part in ("models", "ops"))
-    model, x, seen = models.efficientnet_b0().eval(), torch.rand(1, 3, 64, 64), []
+    ops = pytest.importorskip("torchvision.ops")
+    model, x = build_with_input("efficientnet_b0")
     kwargs = {"non_leaf_modules": [ops.Conv2dNormActivation]}
-    model.features[0][0].register_forward_hook(lambda module, args, value: seen.append(value.clone()))
-    extractor = extract(model, ["features.0.0"], tracer_kwargs=kwargs)
+    extractor = extract(model.eval(), ["features.0.0"], tracer_kwargs=kwargs)
     assert list(extractor.state_dict()) == ["features.0.0.weight"]
-    with torch.no_grad():
-        assert equal(extractor(x)["features.0.0"], seen.pop())
-        model(x)
-    names = eval_names(model, kwargs)
-    leaves = [path for path, module in model.named_modules() if not any(module.children())]
-    missing = [path for path in leaves if path not in names and "stochastic" not in path]
-    assert {path.rsplit(".", 1)[0] for path in missing} == {
-        path for path, module in model.named_modules() if isinstance(module, ops.SqueezeExcitation)
-    }
-    seen.clear()
+    assert equal(run(extractor, x)["features.0.0"], returned(model, x)["features.0.0"][0])
+    names = set(eval_names(model, kwargs))
+    closed = set()
+    for path, module in model.named_modules():
+        if not any(module.children()) and path not in names and "stochastic" not in path:
+            closed.add(path.rpartition(".")[0])
+    modules = model.named_modules()
+    assert closed == {path for path, module in modules if isinstance(module, ops.SqueezeExcitation)}
+
+
+OPENED = {"non_leaf_modules": [nn.TransformerEncoderLayer]}
 
 
 @pytest.fixture
@@ -162,30 +177,25 @@ def no_fast_path() -> Iterator[None]:
 @pytest.mark.usefixtures("no_fast_path")
 @in_both_modes
 def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)).train(mode), X
-    kwargs = {"non_leaf_modules": [nn.TransformerEncoderLayer]}
-    names = eval_names(model, kwargs, exact=True)
-    assert [name for name in names if name.count(".") and name.split(".")[1] in dict(model[0].named_modules())] == [
-        f"0.{part}" for part in ("self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2")
-    ]
-    seen = []
-    model[0].linear1.register_forward_hook(lambda module, args, value: seen.append(value.clone()))
-    extractor = extract(model, ["0.linear1", "0"], tracer_kwargs=kwargs, exact=True)
-    features = extractor(x)
-    own = model(x)  # with gradients, which keeps torch from its fast way, in which linear1 is not called
-    assert equal(features["0"], own)
-    assert equal(features["0.linear1"], seen[-1])
-    assert len(seen) == 2
-    with torch.no_grad():
-        torch.testing.assert_close(features["0"], model(x))
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(layer).train(mode), X[None]
+    names = eval_names(model, OPENED, exact=True)
+    parts = ["self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2"]
+    paths = [path for path, _ in model.named_modules()]
+    assert [name for name in names if name in paths] == [f"0.{part}" for part in parts]
+    features = exact(model, ["0.linear1", "0"], tracer_kwargs=OPENED)(x)
+    with recording(model) as calls:
+        model(x)  # with gradients, which keeps torch from its fast way, in which linear1 is not called
+    seen = dict(calls)
+    assert equal(features["0"], seen["0"])
+    assert equal(features["0.linear1"], seen["0.linear1"])
+    torch.testing.assert_close(features["0"], run(model, x))
 
 
 def test_what_fx_cannot_open_is_said() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
-    kwargs = {"non_leaf_modules": [nn.TransformerEncoderLayer]}
     with pytest.raises(featx.UntraceableError, match=r"one operation \(non_leaf_modules win\);") as raised:
-        node_names(model, kwargs)
+        node_names(model, OPENED)
     assert (raised.value.path, raised.value.module_type) == ("0", nn.TransformerEncoderLayer)
     # All of it is torch's own source, of which no line is shown.
     assert f"{raised.value.__cause__}\nWhat helps" in str(raised.value)
@@ -199,10 +209,10 @@ def test_autowrapped_functions() -> None:
 
 
 def test_functions_of_math_and_of_torchvision_are_single_operations() -> None:
-    theirs, ops = (pytest.importorskip(f"torchvision.{part}") for part in ("models.feature_extraction", "ops"))
+    ops = pytest.importorskip("torchvision.ops")
     model = net(lambda self, x: ops.box_area(x) * math.sqrt(x.shape[0]))
     names = eval_names(model)
-    assert names == theirs.get_graph_node_names(model)[1]
+    assert names == feature_extraction().get_graph_node_names(model)[1]
     assert {"box_area", "sqrt"} <= set(names)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import equal, nn
 
-from tests import featx
-from tests.helpers import extract, parametrize, same
+from tests.helpers import X, extract, feature, parametrize, same, select, suggestions
 from tests.nets import Block, Modes, linear, net
 
 NAMES = ["x", "layer1.0.conv", "layer1.0.relu", "layer1.1.conv", "layer10.conv", "fc", "fc_1"]
@@ -32,13 +33,13 @@ NAMES = ["x", "layer1.0.conv", "layer1.0.relu", "layer1.1.conv", "layer10.conv",
     ],
 )
 def test_a_query_matches_literally_up_to_a_dot(query: str, position: int | None) -> None:
-    assert featx._select(NAMES, [query]) == ({} if position is None else {query: position})
+    assert select(NAMES, [query]) == ({} if position is None else {query: position})
 
 
 def test_each_query_is_resolved_by_itself() -> None:
-    queries = ["layer1", "layer1.1", "layer1.1.conv", "layer1.0"]
     expected = {"layer1": 3, "layer1.1": 3, "layer1.1.conv": 3, "layer1.0": 2}
-    assert featx._select(NAMES, queries) == featx._select(NAMES, queries[::-1]) == expected
+    queries = list(expected)
+    assert select(NAMES, queries) == select(NAMES, queries[::-1]) == expected
 
 
 MODEL = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
@@ -63,33 +64,30 @@ MODEL = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
 )
 def test_forms_of_return_nodes(return_nodes: object, keys: list[str]) -> None:
     extractor = extract(MODEL, return_nodes)
-    assert list(extractor(torch.rand(3, 4))) == keys
+    assert list(extractor(X)) == keys
 
 
 def test_queries_for_each_mode() -> None:
     extractor = extract(Modes(), train_return_nodes={"aux": "a", "head": "h"}, eval_return_nodes="mul")
-    x = torch.rand(3, 4)
-    assert list(extractor.train()(x)) == ["h", "a"]
-    assert list(extractor.eval()(x)) == ["mul"]
+    assert list(extractor.train()(X)) == ["h", "a"]
+    assert list(extractor.eval()(X)) == ["mul"]
 
 
 def test_a_value_of_any_structure_can_be_asked_for() -> None:
-    model = net(
-        lambda self, x: {"halves": torch.chunk(self.fc(x), 2, 1), "size": x.shape[0], "none": None}, fc=linear()
-    )
-    x = torch.rand(3, 4)
-    values = extract(model, ["chunk", "output", "getattr"])(x)
-    assert same(values["output"], model(x))
-    assert same(values["chunk"], torch.chunk(model.fc(x), 2, 1))
+    def forward(self: Any, x: Any) -> Any:
+        return {"halves": torch.chunk(self.fc(x), 2, 1), "size": x.shape[0], "none": None}
+
+    model = net(forward, fc=linear())
+    values = extract(model, ["chunk", "output", "getattr"])(X)
+    assert same(values["output"], model(X))
+    assert same(values["chunk"], torch.chunk(model.fc(X), 2, 1))
     assert same(tuple(values["getattr_1" if "getattr_1" in values else "getattr"]), (3, 4))
     assert list(values)[-1] == "output"
 
 
 def test_output_means_a_module_of_that_name_where_there_is_one() -> None:
     model = net(lambda self, x: self.output(x) * 2, output=linear())
-    x = torch.rand(3, 4)
-    values = extract(model, "output")(x)
-    assert equal(values["output"], model.output(x))
+    assert equal(feature(model, "output"), model.output(X))
 
 
 @parametrize(
@@ -97,8 +95,8 @@ def test_output_means_a_module_of_that_name_where_there_is_one() -> None:
     [("layer1.0.con", "layer1.0.conv"), ("layr1", "layer1"), ("fc_2", "fc_1"), ("layer_10", "layer10")],
 )
 def test_suggestions_put_the_likeliest_first(query: str, first: str) -> None:
-    assert featx._suggestions(NAMES, query)[0] == first
+    assert suggestions(NAMES, query)[0] == first
 
 
 def test_no_suggestion_where_nothing_is_close() -> None:
-    assert featx._suggestions(NAMES, "transformer") == []
+    assert suggestions(NAMES, "transformer") == []
