@@ -107,6 +107,17 @@ def writes_in_place(kind: str) -> nn.Module:
     )
 
 
+# Names of modules that would do harm if they were pasted into source.
+LIKE_CODE = ['a", print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"]
+
+
+def with_member(name: str) -> nn.Module:
+    """It calls a module of this name, and adds 1."""
+    model = net(lambda self, x: self._modules[name](x) + 1)
+    model.add_module(name, linear())
+    return model
+
+
 # --- torchvision's zoo ---
 
 # The 14 models that torchvision cannot trace: the exception and a part of its message.

@@ -8,25 +8,29 @@ import io
 import linecache
 import math
 import pickle
-import warnings
 from typing import Any, Callable
 
 import pytest
 import torch
 from torch import equal, fx, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 from tests import featx
-from tests.helpers import COPIES, X, by_pickle, by_torch_save, extract, in_both_modes, parametrize, same
-from tests.nets import Block, Modes, linear, net
+from tests.helpers import COPIES, X, by_pickle, extract, feature, in_both_modes, parametrize, run, same
+from tests.nets import LIKE_CODE, Block, Modes, linear, net, with_member
 from tests.versions import needs, older
 
-X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 BOTH = {"body": "b", "head": "h", "output": "o"}
 
 
-def make(model: nn.Module | None = None, **options: Any) -> nn.Module:
-    return extract(model or Modes(), BOTH, **options)
+def make(model: nn.Module | None = None) -> Any:
+    return extract(model or Modes(), BOTH)
+
+
+def make_apart(model: nn.Module | None = None) -> Any:
+    """Each mode has features of its own."""
+    return extract(model or Modes(), train_return_nodes=["head", "aux"], eval_return_nodes=["head", "mul"])
 
 
 def expected(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -36,28 +40,24 @@ def expected(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"b": body, "h": head, "o": head + model.aux(body).mean() if model.training else head * 2}
 
 
-def run(module: Callable[..., Any], x: torch.Tensor = X) -> Any:
-    torch.manual_seed(1)
-    return module(x)
-
-
-def check_both_modes(extractor: nn.Module, model: nn.Module, call: Callable[..., Any] | None = None) -> None:
+def check_flips(extractor: nn.Module, twin: Any, *flipped: Any) -> None:
+    """Both give the same in a mode, and something else in the other; the mode is set on both, or on what is given."""
+    seen = []
     for mode in (True, False, True):
-        extractor.train(mode)
-        model.train(mode)
-        torch.manual_seed(1)
-        assert same(run(call or extractor), _seeded(expected, model)), mode
-    assert not same(run(extractor.train()), run(extractor.eval())), "the modes do not differ, so this shows nothing"
-
-
-def _seeded(function: Callable[..., Any], model: nn.Module) -> Any:
-    torch.manual_seed(1)
-    return function(model, X)
+        for module in flipped or (extractor, twin):
+            module.train(mode)
+        seen.append(run(extractor))
+        assert same(run(twin), seen[-1]), mode
+    assert not same(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
 
 
 def test_train_and_eval() -> None:
     model = Modes()
-    check_both_modes(make(model), model)
+    extractor = make(model)
+    for mode in (True, False, True):
+        extractor.train(mode)
+        model.train(mode)
+        assert same(run(extractor), run(lambda x: expected(model, x))), mode
 
 
 @in_both_modes
@@ -75,42 +75,23 @@ def test_frozen_submodules_stay_frozen() -> None:
 
 
 def test_the_attribute_set_by_hand() -> None:
-    extractor = extract(Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"])
+    extractor = make_apart()
     extractor.training = False
-    assert list(extractor(X)) == ["mul"]
+    assert list(extractor(X)) == ["head", "mul"]
     extractor.training = True
-    assert list(extractor(X)) == ["aux"]
+    assert list(extractor(X)) == ["head", "aux"]
 
 
 def test_a_parents_mode() -> None:
-    extractor = extract(Modes(), train_return_nodes=["aux"], eval_return_nodes=["mul"])
-    parent = nn.Sequential(extractor)
-    assert list(parent.eval()(X)) == ["mul"]
-    assert list(parent.train()(X)) == ["aux"]
-
-
-def test_no_recompile_on_a_flip() -> None:
-    extractor = make().train()
-    before = dict(vars(type(extractor)))
-    extractor.eval()
-    extractor(X)
-    extractor.train()
-    assert dict(vars(type(extractor))) == before
+    parent = nn.Sequential(make_apart())
+    assert list(parent.eval()(X)) == ["head", "mul"]
+    assert list(parent.train()(X)) == ["head", "aux"]
 
 
 def test_one_graph_for_both_modes_needs_no_choice() -> None:
     extractor = extract(Block(), ["add"])
     assert "_featx_train" not in vars(type(extractor))
     assert list(extractor.eval()(X)) == list(extractor.train()(X)) == ["add"]
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
-    "pickle": by_pickle,
-    "torch.save": by_torch_save,
-    "twice": lambda module: copy.copy(pickle.loads(pickle.dumps(copy.deepcopy(module)))),
-}
 
 
 def mark(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -123,7 +104,7 @@ def test_copies(how: str, mode: bool) -> None:
     model = Modes()
     model.head.weight = model.aux.weight = nn.Parameter(torch.rand(3, 4))  # tied
     model.head.bias = model.aux.bias
-    extractor = extract(model, train_return_nodes=["head", "aux"], eval_return_nodes=["head", "mul"]).train(mode)
+    extractor = make_apart(model).train(mode)
     extractor.body.eval()
     extractor.register_forward_hook(mark)
     twin = COPIES[how](extractor)
@@ -147,8 +128,9 @@ def test_copies_of_what_was_compiled_run_themselves(how: str) -> None:
     extractor = extract(nn.Sequential(linear()), ["0"])
     extractor.compile(backend="eager")
     twin = COPIES[how](extractor)
-    twin.get_submodule("0").weight.data.zero_()
-    assert equal(twin(X)["0"], twin.get_submodule("0").bias.expand(6, 4))
+    copied = twin.get_submodule("0")
+    copied.weight.data.zero_()
+    assert equal(twin(X)["0"], copied.bias.expand(3, 4))
 
 
 @parametrize("how", [copy.copy, copy.deepcopy])
@@ -179,14 +161,12 @@ def test_copies_are_independent() -> None:
 
 
 def test_targets_that_pickle_cannot_find_by_itself() -> None:
-    model = net(
-        lambda self, x: (
-            (torch.nn.functional.max_pool1d(torch.ops.aten.mul.Tensor(x, 2)[None], 2) + torch.ops.aten.neg(x).sum())
-            * x.shape[0]
-        )  # which is a call of the builtin getattr
-    )
-    extractor = extract(model, "output")
-    twin = pickle.loads(pickle.dumps(extractor))
+    def forward(self: Any, x: Any) -> Any:
+        pooled = torch.nn.functional.max_pool1d(torch.ops.aten.mul.Tensor(x, 2)[None], 2)
+        return (pooled + torch.ops.aten.neg(x).sum()) * x.shape[0]  # which is a call of the builtin getattr
+
+    model = net(forward)
+    twin = by_pickle(extract(model, "output"))
     assert equal(twin(X)["output"], model(X))
 
 
@@ -198,21 +178,18 @@ def test_targets_without_a_name_can_be_copied() -> None:
                 node.target = lambda x: torch.sigmoid(x) * 2
     before = extractor(X)["add"]
     extractor.recompile()
-    assert not equal(extractor(X)["add"], before)
-    for how in ("copy", "deepcopy"):
-        assert equal(COPIES[how](extractor)(X)["add"], extractor(X)["add"])
+    after = extractor(X)["add"]
+    assert not equal(after, before)
+    for how in (copy.copy, copy.deepcopy):
+        assert equal(how(extractor)(X)["add"], after)
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         pickle.dumps(extractor)
 
 
 def test_script_follows_the_mode() -> None:
-    model = Modes()
-    extractor = make(model)
+    extractor = make()
     scripted = torch.jit.script(extractor)
-    for mode in (True, False, True):
-        scripted.train(mode)
-        extractor.train(mode)
-        assert same(run(scripted), run(extractor)), mode
+    check_flips(extractor, scripted)
     buffer = io.BytesIO()
     torch.jit.save(scripted.eval(), buffer)
     buffer.seek(0)
@@ -221,26 +198,20 @@ def test_script_follows_the_mode() -> None:
 
 @needs("torch.compile", torch="2.0")
 def test_compile_follows_the_mode() -> None:
-    model = Modes()
-    extractor = make(model)
+    extractor = make()
     compiled = torch.compile(extractor, backend="eager")
+    check_flips(extractor, compiled, compiled)
     parent = nn.Sequential(extractor)
-    compiled_parent = torch.compile(parent, backend="eager")
-    for mode in (True, False, True):
-        compiled.train(mode)
-        assert same(run(compiled), run(extractor)), mode
-        parent.train(mode)
-        assert same(run(compiled_parent), run(parent)), mode
-    same = extract(Block(), ["first", "add"])  # both modes have one graph
-    assert same(torch.compile(same, backend="eager")(X), same(X))
+    check_flips(parent, torch.compile(parent, backend="eager"), parent)
+    one_graph = extract(Block(), ["first", "add"])  # for both modes
+    assert same(torch.compile(one_graph, backend="eager")(X), one_graph(X))
 
 
 @needs("torch.export", torch="2.1")
 @in_both_modes
 def test_export_takes_the_mode_it_finds(mode: bool) -> None:
-    extractor = extract(
-        net(lambda self, x: self.fc(x) + (1 if self.training else 2), fc=linear()), ["fc", "add"]
-    ).train(mode)
+    model = net(lambda self, x: self.fc(x) + (1 if self.training else 2), fc=linear())
+    extractor = extract(model, ["fc", "add"]).train(mode)
     program = torch.export.export(extractor, (X,))
     assert same(program.module()(X), extractor(X))
 
@@ -306,16 +277,13 @@ def test_source_lines_go_with_their_module() -> None:
     assert files() <= before
 
 
-@parametrize("name", ['a, print("executed") or "b', 'a"b', "a'b", "a\nb", "a\\b", "class", "ﬁ"])
+@parametrize("name", [*LIKE_CODE, 'a, print("executed") or "b'])
 def test_the_name_of_a_module_is_never_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model = net(lambda self, x: self._modules[name](x) + 1)
-    model.add_module(name, linear())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            value = extract(model, ["add"])(X)["add"]
-        except (SyntaxError, AttributeError) as error:
-            pytest.fail(f"the name became code: {error!r}")
+    model = with_member(name)
+    try:
+        value = feature(model, "add")
+    except (SyntaxError, AttributeError) as error:
+        pytest.fail(f"the name became code: {error!r}")
     assert equal(value, model(X))
     assert capsys.readouterr().out == ""
 
@@ -350,16 +318,11 @@ def noted(x: torch.Tensor, *args: Any) -> list[Any]:
 
 
 def test_dual_graph_module_by_hand() -> None:
-    model = Modes().eval()
+    model = Modes()
     graphs = [fx.Tracer().trace(model.train(mode)) for mode in (True, False)]
     module = featx.DualGraphModule(model, *graphs, class_name="Two")
     assert type(module).__name__ == "Two"
-    model.eval()
-    assert equal(module.eval()(X), model(X))
-    model.train()
-    torch.manual_seed(1)
-    reference = model(X)
-    assert equal(run(module.train()), reference)
+    check_flips(module, model)
     with pytest.raises(AttributeError, match="no attribute 'body'"):
         featx.DualGraphModule(nn.Linear(1, 1), *graphs)
 
@@ -367,21 +330,25 @@ def test_dual_graph_module_by_hand() -> None:
 # --- ways in which users change modules: the next call sees each of them ---
 
 
+def block(extractor: nn.Module) -> Any:
+    return extractor.get_submodule("a.0")
+
+
 @parametrize(
     "change",
     [
-        lambda e: setattr(getattr(e.a, "0"), "second", linear()),
-        lambda e: getattr(e.a, "0")._modules.__setitem__("second", linear()),
-        lambda e: setattr(getattr(e.a, "0"), "_modules", dict(Block()._modules)),
+        lambda e: setattr(block(e), "second", linear()),
+        lambda e: block(e)._modules.__setitem__("second", linear()),
+        lambda e: setattr(block(e), "_modules", dict(Block()._modules)),
         lambda e: setattr(e.a, "0", Block()),
         lambda e: setattr(e, "a", nn.Sequential(Block())),
         lambda e: e.add_module("a", nn.Sequential(Block())),
         lambda e: e.add_submodule("a.0", Block()),
-        lambda e: getattr(e.a, "0").load_state_dict(Block().state_dict()),
-        lambda e: nn.utils.parametrize.register_parametrization(getattr(e.a, "0").first, "weight", Doubled()),
-        lambda e: prune.random_unstructured(getattr(e.a, "0").first, "weight", 5),
-        lambda e: getattr(e.a, "0").first.register_forward_hook(lambda module, args, value: value * 2),
-        lambda e: setattr(getattr(e.a, "0").first, "weight", nn.Parameter(torch.zeros(4, 4))),
+        lambda e: block(e).load_state_dict(Block().state_dict()),
+        lambda e: register_parametrization(block(e).first, "weight", Doubled()),
+        lambda e: prune.random_unstructured(block(e).first, "weight", 5),
+        lambda e: block(e).first.register_forward_hook(lambda module, args, value: value * 2),
+        lambda e: setattr(block(e).first, "weight", nn.Parameter(torch.zeros(4, 4))),
         lambda e: e._apply(lambda tensor: tensor * 2),
     ],
 )
@@ -459,7 +426,7 @@ def test_quantization_swaps_leaves() -> None:
     prepared = torch.ao.quantization.prepare(extractor)
     prepared(torch.rand(2, 3, 8, 8))
     converted = torch.ao.quantization.convert(prepared)
-    assert type(getattr(getattr(converted, "0"), "0")).__module__.startswith("torch.ao.nn.quantized")
+    assert type(converted.get_submodule("0.0")).__module__.startswith("torch.ao.nn.quantized")
     quantized = torch.quantize_per_tensor(torch.rand(2, 3, 8, 8), 1 / 128, 0, torch.quint8)
     assert converted(quantized)["1"].is_quantized
 
@@ -490,7 +457,8 @@ def test_a_plain_attribute_in_an_edited_graph() -> None:
     for graph in (extractor.train_graph, extractor.eval_graph):
         output = list(graph.nodes)[-1]
         with graph.inserting_before(output):
-            scaled = graph.call_function(torch.mul, (output.args[0]["0"], graph.create_node("get_attr", "scale")))
+            scale = graph.create_node("get_attr", "scale")
+            scaled = graph.call_function(torch.mul, (output.args[0]["0"], scale))
         output.args = ({"0": scaled},)
     extractor.recompile()
     assert equal(extractor(X)["0"], before * 3)
@@ -499,7 +467,8 @@ def test_a_plain_attribute_in_an_edited_graph() -> None:
 def test_a_number_in_a_graph_by_hand() -> None:
     graphs = [fx.Graph(), fx.Graph()]
     for graph in graphs:
-        graph.output(graph.call_function(torch.mul, (graph.placeholder("x"), graph.create_node("get_attr", "scale"))))
+        operands = graph.placeholder("x"), graph.create_node("get_attr", "scale")
+        graph.output(graph.call_function(torch.mul, operands))
     model = nn.Module()
     model.scale = 3.0
     assert equal(featx.DualGraphModule(model, *graphs)(X), X * 3)
