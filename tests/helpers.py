@@ -98,6 +98,10 @@ def prefixes(name: str) -> list[str]:
     return list(featx._prefixes(name))
 
 
+def effects(tracer: Any, node: fx.Node) -> Any:
+    return featx._effects(tracer, node)
+
+
 def suggestions(names: list[str], query: str) -> list[str]:
     return featx._suggestions(names, query)
 

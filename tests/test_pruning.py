@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import operator
 import random
-import warnings
 from typing import Any
 
 import pytest
@@ -14,29 +13,32 @@ from torch import equal, fx, nn
 
 from tests import featx
 from tests.helpers import (
+    X,
+    effects,
     eval_names,
+    exact,
     extract,
+    extract_quietly,
+    feature,
     ignored_warnings,
+    operation,
+    overwritten,
     parametrize,
+    recording,
+    run,
     same,
+    staying,
     tensors,
+    traced,
     truth,
 )
-from tests.nets import IN_PLACE, build, linear, net, writes_in_place, zoo_input
-
-
-def features(model: nn.Module, queries: list[str], x: torch.Tensor) -> dict[str, Any]:
-    with ignored_warnings():  # where names mislead, as those of ViT's ln_1 do, is for test_exact.py
-        extractor = extract(model, queries)
-    with torch.no_grad():
-        return extractor(x.clone())
+from tests.nets import IN_PLACE, build_with_input, linear, net, writes_in_place
 
 
 def test_the_oracle_sees_what_is_overwritten() -> None:
     model = net(lambda self, x: self.relu(x - 0.5), relu=nn.ReLU(inplace=True))
-    x = torch.rand(100)
-    seen = truth(model, x)
-    assert equal(seen["sub"], x - 0.5)
+    seen = truth(model)
+    assert equal(seen["sub"], X - 0.5)
     assert seen["sub"].min() < 0 <= seen["relu"].min()
 
 
@@ -46,11 +48,11 @@ EVERY_NODE = ["googlenet", "mobilenet_v3_small", "resnet18", "swin_t", "vit_b_32
 @pytest.mark.zoo
 @parametrize("name", EVERY_NODE)
 def test_every_node_alone_has_the_value_it_had_when_it_was_made(name: str) -> None:
-    model, x = build(name).eval(), zoo_input(name)
-    seen = truth(model, x)
+    model, x = build_with_input(name)
+    seen = truth(model.eval(), x)
     assert len(seen) > 50
     for query, expected in seen.items():
-        actual = features(model, [query], x)
+        actual = run(extract_quietly(model, [query]), x)
         assert list(actual) == [query]
         assert same(actual[query], expected), query
 
@@ -58,70 +60,61 @@ def test_every_node_alone_has_the_value_it_had_when_it_was_made(name: str) -> No
 @pytest.mark.zoo
 @parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
 def test_drawn_nodes_of_models_with_unassigned_writes(name: str, rng: random.Random) -> None:
-    model, x = build(name).eval(), zoo_input(name)
-    seen = truth(model, x)
-    for query in [*rng.sample(sorted(seen), 5), list(seen)[-1]]:
+    model, x = build_with_input(name)
+    seen = truth(model.eval(), x)
+    expected = {query: seen[query] for query in [*rng.sample(sorted(seen), 5), list(seen)[-1]]}
+    expected["output"] = run(model, x)
+    for query, value in expected.items():
         print(name, query)
-        assert same(features(model, [query], x)[query], seen[query]), query
-    with torch.no_grad():
-        assert equal(features(model, ["output"], x)["output"], model(x))
+        assert same(run(extract_quietly(model, query), x)[query], value), query
 
 
 @parametrize("kind", IN_PLACE)
 def test_a_write_is_kept_while_something_later_reads_the_memory(kind: str) -> None:
-    model, x = writes_in_place(kind).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(x.clone())
-        untouched = model.linear(x)
+    model = writes_in_place(kind).eval()
+    expected, untouched = run(model), run(model.linear)
     assert not equal(expected, untouched), "the write makes no difference, so this net shows nothing"
     last = eval_names(model)[-1]
-    actual = features(model, [last, "output"], x)
+    actual = run(extract(model, [last, "output"]))
     assert equal(actual[last], expected)
     assert equal(actual["output"], expected)
     # The requested value is no reader: alone, it is what it was when it was made, and the write is not run.
     alone = extract(model, ["linear"])
-    assert [node.op for node in alone.eval_graph.nodes] == ["placeholder", "call_module", "output"]
-    with torch.no_grad():
-        assert equal(alone(x)["linear"], untouched)
+    assert operations(alone) == ["linear"]
+    assert equal(run(alone)["linear"], untouched)
 
 
-def calls(extractor: nn.Module, x: torch.Tensor) -> list[str]:
-    """The leaves that run, in order, counted by hooks."""
-    ran: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, path=path: ran.append(path))
-        for path, module in extractor.named_modules()
-        if path and not any(module.children())
-    ]
-    extractor(x)
-    for handle in handles:
-        handle.remove()
-    return ran
+def operations(extractor: Any) -> list[Any]:
+    """What stays: the functions, and the names of methods and modules."""
+    return [node.target for node in extractor.graph.nodes if node.op.startswith("call")]
+
+
+def called(extractor: nn.Module) -> list[str]:
+    """The leaves that run, in order."""
+    with recording(extractor) as calls:
+        extractor(X)
+    return [path for path, _ in calls if not any(extractor.get_submodule(path).children())]
 
 
 def test_nothing_runs_after_the_last_requested_node() -> None:
-    model = nn.Sequential(*(linear() for _ in range(5)))
-    extractor = extract(model, ["2"])
-    assert calls(extractor, torch.rand(1, 4)) == ["0", "1", "2"]
+    extractor = extract(nn.Sequential(*(linear() for _ in range(5))), ["2"])
+    assert called(extractor) == ["0", "1", "2"]
     assert list(extractor.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]
 
 
 def test_a_branch_that_nothing_reads_is_gone_with_its_in_place_operations() -> None:
     def forward(self: Any, x: Any) -> Any:
         trunk = self.trunk(x)
-        side = self.relu(self.norm(self.side(trunk)))  # in place, but into memory of its own
+        side = self.relu(self.side(trunk))  # in place, but into memory of its own
         return self.head(trunk), side
 
-    model = net(
-        forward,
-        trunk=linear(),
-        side=linear(),
-        norm=nn.LayerNorm(4),
-        relu=nn.ReLU(inplace=True),
-        head=linear(),
-    )
-    extractor = extract(model, ["head"])
-    assert calls(extractor, torch.rand(1, 4)) == ["trunk", "head"]
+    relu = nn.ReLU(inplace=True)
+    model = net(forward, trunk=linear(), side=linear(), relu=relu, head=linear())
+    assert called(extract(model, ["head"])) == ["trunk", "head"]
+
+
+def auxiliary(model: nn.Module) -> list[str]:
+    return [path for path, _ in model.named_children() if path.lower().startswith("aux")]
 
 
 @pytest.mark.zoo
@@ -136,9 +129,8 @@ def test_a_branch_that_nothing_reads_is_gone_with_its_in_place_operations() -> N
 )
 def test_auxiliary_heads_are_gone(name: str, options: dict[str, Any], query: str) -> None:
     model = pytest.importorskip("torchvision.models").get_model(name, weights=None, **options)
-    assert [path for path, _ in model.named_children() if path.lower().startswith("aux")]
-    extractor = extract(model, [query])
-    assert not [path for path, _ in extractor.named_children() if path.lower().startswith("aux")]
+    assert auxiliary(model)
+    assert not auxiliary(extract(model, [query]))
 
 
 def test_asserts_before_the_cut_stay_and_those_after_it_go() -> None:
@@ -160,9 +152,7 @@ def test_asserts_before_the_cut_stay_and_those_after_it_go() -> None:
 
 def test_placeholders_stay() -> None:
     model = net(lambda self, x, unused, scale=2.0, *rest, **options: self.first(x) * scale, first=linear())
-    extractor = extract(model, ["x"])
-    x = torch.rand(1, 4)
-    assert equal(extractor(x, None, 3.0, "more", option=1)["x"], x)
+    assert equal(extract(model, ["x"])(X, None, 3.0, "more", option=1)["x"], X)
 
 
 def test_a_write_into_a_parameter_is_kept_for_the_module_that_reads_it() -> None:
@@ -170,11 +160,10 @@ def test_a_write_into_a_parameter_is_kept_for_the_module_that_reads_it() -> None
         self.fc.weight.data.clamp_(0.1, 0.2)
         return self.fc(x)
 
-    model, x = net(forward, fc=linear()), torch.rand(2, 4)
-    extractor = extract(model, ["fc"])
-    actual = extractor(x)["fc"]
+    model = net(forward, fc=linear())
+    actual = feature(model, "fc")
     assert model.fc.weight.min() >= 0.1
-    assert equal(actual, model(x))
+    assert equal(actual, model(X))
 
 
 def test_a_buffer_that_is_written_and_read_again() -> None:
@@ -199,45 +188,9 @@ def test_the_output_reads_its_values_when_all_is_done() -> None:
         x * 5  # nobody takes it
         return a, {"b": b}
 
-    model, x = net(forward), torch.rand(3)
-    extractor = extract(model, ["output"])
-    assert same(extractor(x)["output"], model(x))
-    kept = [node.target for node in extractor.eval_graph.nodes if node.op.startswith("call")]
-    assert [getattr(target, "__name__", target) for target in kept] == ["mul", "mul", "add_", "mul_"]
-
-
-def test_random_programs(rng: random.Random) -> None:
-    """Chains of fresh values, views and in-place writes: each node alone, and the output, against clones and eager."""
-    steps = {
-        "fresh": lambda y: y + 1,
-        "product": lambda y: y * 2,
-        "view": lambda y: y.view(-1).view(4, 3),
-        "slice": lambda y: y[:2],
-        "transposed": lambda y: y.t(),
-        "add_": lambda y: y.add_(1),
-        "mul_": lambda y: y.mul_(3),
-        "relu_": lambda y: torch.nn.functional.relu(y, inplace=True),
-    }
-    x = torch.randn(4, 3)
-    for _ in range(60):
-        plan = [(rng.choice(sorted(steps)), rng.randrange(8)) for _ in range(rng.randrange(2, 9))]
-        returned = [rng.randrange(8) for _ in range(2)]
-
-        def forward(self: Any, x: Any) -> Any:
-            values, shapes = [x * 1], [(4, 3)]
-            for step, source in plan:  # noqa: B023
-                index = source % len(values)
-                if shapes[index] != (4, 3):
-                    index = 0
-                values.append(steps[step](values[index]))
-                shapes.append({"slice": (2, 3), "transposed": (3, 4)}.get(step, (4, 3)))
-            return tuple(values[index % len(values)] for index in returned)  # noqa: B023
-
-        model = net(forward)
-        seen = truth(model, x)
-        for query, value in seen.items():
-            assert same(features(model, [query], x)[query], value), (plan, query)
-        assert same(features(model, ["output"], x)["output"], model(x.clone())), (plan, returned)
+    extractor = extract(net(forward), "output")
+    assert same(extractor(X)["output"], (X * 2 + 1, {"b": X * 3 * 2}))
+    assert operations(extractor) == [operator.mul, operator.mul, "add_", "mul_"]
 
 
 def bump(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -256,12 +209,10 @@ def test_an_opaque_call_whose_value_nobody_takes_is_there_for_its_effect(kind: s
         (bump if kind == "function" else self.opaque)(x, y)
         return self.head(y)
 
-    model, x = net(forward, linear=linear(), opaque=Bumping(), head=linear()), torch.rand(2, 4)
+    model = net(forward, linear=linear(), opaque=Bumping(), head=linear())
     kwargs = {"leaf_modules": [Bumping], "autowrap_functions": [bump]}
-    extractor = extract(model, ["head"], tracer_kwargs=kwargs)
-    assert equal(extractor(x)["head"], model(x))
-    alone = extract(model, ["linear"], tracer_kwargs=kwargs)
-    assert [node.op for node in alone.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert equal(feature(model, "head", tracer_kwargs=kwargs), model(X))
+    assert operations(extract(model, ["linear"], tracer_kwargs=kwargs)) == ["linear"]
 
 
 def test_an_opaque_call_whose_value_is_taken_is_believed_not_to_write() -> None:
@@ -271,91 +222,94 @@ def test_an_opaque_call_whose_value_is_taken_is_believed_not_to_write() -> None:
 
     model = net(forward, linear=linear())
     extractor = extract(model, ["add"], tracer_kwargs={"autowrap_functions": [branching]})
-    assert [node.target for node in extractor.graph.nodes if node.op == "call_function"] == [operator.add]
+    assert operations(extractor) == ["linear", operator.add]
 
 
 def branching(x: torch.Tensor) -> torch.Tensor:
     return x * 2 if x.sum() > 0 else x + 1  # fx cannot trace this
 
 
+def storages(value: Any) -> set[int]:
+    return {tensor.storage().data_ptr() for tensor in tensors(value) if tensor.numel()}
+
+
+def versions(value: Any) -> list[int]:
+    return [tensor._version for tensor in tensors(value)]
+
+
+class Watch(fx.Interpreter):
+    """Storages and version counters say what each node wrote to and shared; the analysis must have foreseen it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tracer, module = traced(model)
+        super().__init__(module)
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = {node: versions(self.env[node]) for node in n.all_input_nodes}
+        value = super().run_node(n)
+        if n.op.startswith("call"):
+            writes, views = effects(self.tracer, n)
+            for node, counts in before.items():
+                if versions(self.env[node]) != counts:
+                    assert node in writes, f"{n.name} writes into {node.name}"
+                if storages(value) & storages(self.env[node]):
+                    assert node in views, f"{n.name} views {node.name}"
+        return value
+
+
 @pytest.mark.zoo
 @parametrize("name", ["efficientnet_b0", "googlenet", "maxvit_t", "mvit_v1_b", "resnet18", "swin_t", "vit_b_32"])
 def test_no_write_and_no_view_of_the_zoo_is_missed(name: str) -> None:
-    """Storages and version counters say what each node wrote to and shared; the analysis must have foreseen it."""
-    x = zoo_input(name)
+    model, x = build_with_input(name)
     for mode in (True, False):
-        model = build(name).train(mode)
-        tracer = featx.NodePathTracer(**featx._tracer_arguments(None))
-        graph = tracer.trace(model)
-        effects = {node: featx._effects(tracer, node) for node in graph.nodes}
-
-        class Watch(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                before = {node: list(tensors(self.env[node])) for node in n.all_input_nodes}
-                versions = {node: [tensor._version for tensor in values] for node, values in before.items()}
-                value = super().run_node(n)
-                if n.op in ("placeholder", "get_attr", "output"):
-                    return value
-                writes, views = effects[n]  # noqa: B023
-                storages = {tensor.storage().data_ptr() for tensor in tensors(value) if tensor.numel()}
-                for node, values in before.items():
-                    if [tensor._version for tensor in values] != versions[node]:
-                        assert node in writes, f"{n.name} writes into {node.name}"
-                    if storages & {tensor.storage().data_ptr() for tensor in values if tensor.numel()}:
-                        assert node in views, f"{n.name} views {node.name}"
-                return value
-
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TypedStorage, which is what all versions of torch have
-            Watch(fx.GraphModule(model, graph)).run(x)
+        with ignored_warnings():  # of TypedStorage, which is what all versions of torch have
+            run(Watch(model.train(mode)).run, x)
 
 
 def test_liveness_on_plain_data() -> None:
     """x; a = f(x); b = view of a; write into b; c = g(a); d = h(x); each request keeps just what it needs."""
-    op = featx._Operation
     program = [
-        op(kind="placeholder"),
-        op((0,)),
-        op((1,), views=(1,)),
-        op((2,), writes=(2,), views=(2,)),
-        op((1,)),
-        op((0,)),
-        op((0,), kind="assert"),
-        op(kind="placeholder"),
+        operation(kind="placeholder"),
+        operation(0),
+        operation(1, views=(1,)),
+        operation(2, writes=(2,), views=(2,)),
+        operation(1),
+        operation(0),
+        operation(0, kind="assert"),
+        operation(kind="placeholder"),
     ]
-    staying = {request: featx._staying(program, [request]) for request in (0, 1, 2, 3, 4, 5)}
-    assert staying == {
+    for request, expected in {
         0: [0, 7],
         1: [0, 1, 7],
         2: [0, 1, 2, 7],
         3: [0, 1, 2, 3, 7],
         4: [0, 1, 2, 3, 4, 7],
         5: [0, 5, 7],
-    }
-    assert featx._staying(program, [5, 6]) == [0, 5, 6, 7]
-    assert featx._staying(program, []) == [0, 7]
+    }.items():
+        assert staying(program, [request]) == expected
+    assert staying(program, [5, 6]) == [0, 5, 6, 7]
+    assert staying(program, []) == [0, 7]
 
 
 def test_reads_and_overwritten_values_on_plain_data() -> None:
     """x; a = f(x); write into a; b = g(x); write into a view of b; c = h(b)."""
-    op = featx._Operation
     program = [
-        op(kind="placeholder"),
-        op((0,)),
-        op((1,), writes=(1,), views=(1,)),
-        op((0,)),
-        op((3,), views=(3,)),
-        op((4,), writes=(4,), views=(4,)),
-        op((3,)),
+        operation(kind="placeholder"),
+        operation(0),
+        operation(1, writes=(1,), views=(1,)),
+        operation(0),
+        operation(3, views=(3,)),
+        operation(4, writes=(4,), views=(4,)),
+        operation(3),
     ]
     # What a value is when it is made needs no later write; what it is after the write does.
-    assert featx._staying(program, [], [(1, 1)]) == [0, 1]
-    assert featx._staying(program, [], [(1, 2)]) == [0, 1, 2]
-    assert featx._staying(program, [], [(3, 4)]) == [0, 3]
-    assert featx._staying(program, [], [(1, 1), (3, 6)]) == [0, 1, 3, 4, 5]
+    assert staying(program, [], [(1, 1)]) == [0, 1]
+    assert staying(program, [], [(1, 2)]) == [0, 1, 2]
+    assert staying(program, [], [(3, 4)]) == [0, 3]
+    assert staying(program, [], [(1, 1), (3, 6)]) == [0, 1, 3, 4, 5]
     reads = [(0, 0), (1, 1), (1, 2), (3, 3), (4, 4), (3, 5), (6, 6)]
-    assert featx._overwritten(program, range(7), reads) == {(1, 1): 2, (3, 3): 5, (4, 4): 5}
-    assert featx._overwritten(program, [0, 1, 3, 6], reads) == {}
+    assert overwritten(program, range(7), reads) == {(1, 1): 2, (3, 3): 5, (4, 4): 5}
+    assert overwritten(program, [0, 1, 3, 6], reads) == {}
 
 
 class OpaqueFresh(nn.Module):
@@ -375,10 +329,8 @@ def test_an_opaque_leaf_with_an_in_place_part_may_write_its_input() -> None:
         z = self.leaf(y)
         return y * 2, z
 
-    model, x = net(forward, leaf=OpaqueFresh()), torch.rand(9)
-    kwargs = {"leaf_modules": [OpaqueFresh]}
-    extractor = extract(model, ["mul"], tracer_kwargs=kwargs)
-    assert equal(extractor(x)["mul"], model(x)[0])
+    model = net(forward, leaf=OpaqueFresh())
+    assert equal(feature(model, "mul", tracer_kwargs={"leaf_modules": [OpaqueFresh]}), model(X)[0])
 
 
 def halve_(x: torch.Tensor) -> torch.Tensor:
@@ -391,9 +343,8 @@ def test_the_name_of_an_opaque_function_is_believed() -> None:
         z = halve_(y)
         return y * 2, z
 
-    model, x = net(forward), torch.rand(9)
-    extractor = extract(model, ["mul"], tracer_kwargs={"autowrap_functions": [halve_]})
-    assert equal(extractor(x)["mul"], model(x)[0])
+    model = net(forward)
+    assert equal(feature(model, "mul", tracer_kwargs={"autowrap_functions": [halve_]}), model(X)[0])
 
 
 @pytest.mark.zoo
@@ -415,8 +366,8 @@ def test_a_write_by_keyword() -> None:
         torch.relu_(input=y)
         return y * 2
 
-    model, x = net(forward), torch.rand(9)
-    assert equal(features(model, ["mul"], x)["mul"], model(x))
+    model = net(forward)
+    assert equal(feature(model, "mul"), model(X))
 
 
 def test_a_write_into_several_outputs() -> None:
@@ -425,8 +376,8 @@ def test_a_write_into_several_outputs() -> None:
         torch.sort(x, out=(values, indices))
         return values * 2
 
-    model, x = net(forward), torch.rand(9)
-    assert equal(features(model, ["output"], x)["output"], model(x))
+    model = net(forward)
+    assert equal(feature(model), model(X))
 
 
 def test_operators_of_python_neither_write_nor_give_views() -> None:
@@ -438,9 +389,7 @@ def test_operators_of_python_neither_write_nor_give_views() -> None:
         return half * inside
 
     model = net(forward, weight=nn.Parameter(torch.rand(4, 4)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        extract(model, ["x", "gt", "lt", "and_", "matmul", "output"])
+    extract(model, ["x", "gt", "lt", "and_", "matmul", "output"])
     with pytest.warns(featx.FeatureWarning, match="'truediv' is overwritten in place"):
         extract(model, ["truediv", "output"])
 
@@ -452,7 +401,7 @@ def test_what_sorts_a_list_only_reads_a_tensor() -> None:
         return y * 2
 
     extractor = extract(net(forward, fc=linear()), ["mul"])
-    assert "sort" not in [node.target for node in extractor.graph.nodes]
+    assert operations(extractor) == ["fc", operator.mul]
 
 
 @parametrize("inplace", [torch.zeros(2), lambda: True, None, "no"])
@@ -468,10 +417,12 @@ def test_an_attribute_that_happens_to_be_called_inplace(inplace: Any) -> None:
     assert list(extractor._modules) == []
 
 
+SCRIPTED = {"leaf_modules": [torch.jit.ScriptModule]}
+
+
 def test_a_scripted_submodule_as_a_leaf() -> None:
-    model, x = nn.Sequential(torch.jit.script(linear()), nn.ReLU()), torch.rand(2, 4)
-    kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
-    assert equal(extract(model, ["1"], tracer_kwargs=kwargs)(x)["1"], model(x))
+    model = nn.Sequential(torch.jit.script(linear()), nn.ReLU())
+    assert equal(feature(model, "1", tracer_kwargs=SCRIPTED), model(X))
 
 
 @parametrize("loaded", [False, True])
@@ -482,10 +433,10 @@ def test_a_scripted_submodule_that_works_in_place(loaded: bool) -> None:
         file = io.BytesIO()
         torch.jit.save(leaf, file)
         leaf = torch.jit.load(io.BytesIO(file.getvalue()))
-    model, x = nn.Sequential(linear(), leaf), torch.randn(2, 4)
-    kwargs = {"leaf_modules": [torch.jit.ScriptModule]}
-    extractor = extract(model, ["0", "1"], exact=True, tracer_kwargs=kwargs)
-    assert equal(extractor(x)["0"], model[0](x))
+    model = nn.Sequential(linear(), leaf)
+    features = exact(model, ["0", "1"], tracer_kwargs=SCRIPTED)(X)
+    assert equal(features["0"], model[0](X))
+    assert features["0"].min() < 0
 
 
 def test_a_property_that_raises() -> None:
@@ -497,9 +448,8 @@ def test_a_property_that_raises() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    model, x = net(lambda self, x: self.leaf(x) * 2, leaf=Leaf()), torch.rand(4)
-    extractor = extract(model, ["mul"], tracer_kwargs={"leaf_modules": [Leaf]})
-    assert equal(extractor(x)["mul"], model(x))
+    model = net(lambda self, x: self.leaf(x) * 2, leaf=Leaf())
+    assert equal(feature(model, "mul", tracer_kwargs={"leaf_modules": [Leaf]}), model(X))
 
 
 @parametrize(
@@ -517,10 +467,9 @@ def test_a_write_into_a_part_of_a_named_tuple(find: Any) -> None:
         found.add_(1)
         return before.sum() + found
 
-    model, x = net(forward, fc=linear()), torch.rand(3, 4)
-    for exact in (False, True):
-        extractor = extract(model, ["output"], exact=exact)
-        assert equal(extractor(x)["output"], model(x))
+    model = net(forward, fc=linear())
+    for mended in (False, True):
+        assert equal(feature(model, exact=mended), model(X))
 
 
 @parametrize(
@@ -539,7 +488,7 @@ def test_a_sequence_that_is_a_leaf_writes_what_its_parts_write(parts: list[nn.Mo
         y = x - 0.5
         return self.leaf(y), y + 1
 
-    model, x = net(forward, leaf=nn.Sequential(*parts)), torch.rand(3)
+    model = net(forward, leaf=nn.Sequential(*parts))
     extractor = extract(model, ["add"], tracer_kwargs={"leaf_modules": [nn.Sequential]})
-    assert equal(extractor(x)["add"], model(x)[1])
-    assert list(extractor._modules) == ["leaf"] * writes
+    assert equal(extractor(X)["add"], model(X)[1])
+    assert list(extractor._modules) == (["leaf"] if writes else [])
