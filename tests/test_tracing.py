@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -22,19 +19,28 @@ from tests.helpers import (
     X,
     by_torch_save,
     eval_names,
+    exact,
     extract,
+    extract_quietly,
+    feature,
     heard,
     ignored_warnings,
     node_names,
     parametrize,
+    python,
+    returned,
+    run,
     same,
-    snapshot,
+    seeded,
+    texts,
+    traced,
     truth,
+    without_number,
 )
 from tests.nets import Block, build_on_meta, linear, net
 from tests.versions import older
 
-KINDS = ("torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer")
+KINDS = ["torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer"]
 
 
 def said(model: nn.Module, queries: Any = "output", **options: Any) -> list[str]:
@@ -42,8 +48,8 @@ def said(model: nn.Module, queries: Any = "output", **options: Any) -> list[str]
     with heard() as caught:
         extract(model, queries, **options)
     assert {warning.category for warning in caught} <= {featx.FeatureWarning}
-    messages = [str(warning.message) for warning in caught]
-    kinds = [kind for message in messages for kind in KINDS if kind in message]
+    messages = texts(caught)
+    kinds = kinds_of(messages)
     assert len(kinds) == len(set(kinds)) == len(messages)
     return messages
 
@@ -52,27 +58,37 @@ def kinds_of(messages: list[str]) -> list[str]:
     return [kind for kind in KINDS for message in messages if kind in message]
 
 
-def quietly(model: nn.Module, queries: Any = "output", **options: Any) -> nn.Module:
-    """An extractor; what it warns of is another test's."""
-    with ignored_warnings():
-        return extract(model, queries, **options)
+def refused(model: nn.Module, path: str, match: str | None = None, **options: Any) -> featx.UntraceableError:
+    """How a model is refused, and which module of it."""
+    with pytest.raises(featx.UntraceableError, match=match) as raised:
+        node_names(model, exact=True, **options)
+    assert raised.value.path == path
+    assert raised.value.module_type is type(model.get_submodule(path))
+    return raised.value
 
 
 def as_leaves(model: nn.Module, queries: Any = "output") -> nn.Module:
     """An exact extractor in which what cannot be traced became leaves."""
-    return quietly(model, queries, exact=True, auto_leaf=True)
+    return extract_quietly(model, queries, exact=True, auto_leaf=True)
 
 
 def outcomes(function: Callable[..., Any], parameters: list[nn.Parameter]) -> list[Any]:
     """Values, with their dtypes, and gradients; where gradients are enabled, and where they are not."""
     found: list[Any] = []
     for enabled in (True, False):
-        torch.manual_seed(1)
         with torch.set_grad_enabled(enabled):
-            value = function(X)
-        gradients = torch.autograd.grad(value.sum(), parameters, allow_unused=True) if value.requires_grad else []
+            value = seeded(function, X)
+        gradients: Any = []
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
         found.append([value.detach().clone(), value.requires_grad, list(gradients)])
     return found
+
+
+def check_as_leaves(model: nn.Module) -> None:
+    """Where what cannot be traced becomes a leaf, values and gradients are the model's."""
+    right, parameters = as_leaves(model), list(model.parameters())
+    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
 
 
 # ---------------------------------------------------------------------------------------- blocks
@@ -179,27 +195,21 @@ def around(forward: Callable[..., Any]) -> nn.Module:
 def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]) -> None:
     model = around(forward)
     (message,) = said(model)
-    assert kind in message
-    for part in ("module '1'", "exact=True", "auto_leaf=True"):
+    for part in (kind, "module '1'", "exact=True", "auto_leaf=True"):
         assert part in message
-    with pytest.raises(featx.UntraceableError, match=kind) as raised:
-        node_names(model, exact=True)
-    assert (raised.value.path, raised.value.module_type) == ("1", type(model[1]))
+    refused(model, "1", kind)
     parameters = list(model.parameters())
     expected, right = outcomes(model, parameters), as_leaves(model, {"output": "y", "0": "first", "1": "second"})
     assert same(outcomes(lambda x: right(x)["y"], parameters), expected)
     assert same(outcomes(lambda x: right(x)["second"], parameters), expected)
-    assert same(quietly(model)(X)["output"], truth(model, X)["2"])  # which is what torch.fx gives
+    assert same(extract_quietly(model, "output")(X)["output"], truth(model)["2"])  # which is what torch.fx gives
 
 
 @parametrize("forward", [forward for _, forward in CASES])
 def test_the_line(forward: Callable[..., Any]) -> None:
     model = around(forward)
-    (message,) = said(model)
-    with pytest.raises(featx.UntraceableError) as raised:
-        node_names(model, exact=True)
     lines, first = inspect.getsourcelines(forward)
-    for text in (message, str(raised.value)):
+    for text in (*said(model), str(refused(model, "1"))):
         ((number, line),) = re.findall(rf'File "{re.escape(__file__)}", line (\d+), in .*\n    (.*)', text)
         assert line == lines[int(number) - first].strip()
 
@@ -223,16 +233,12 @@ def test_a_block_around_inner_modules_is_the_outer_ones(block: Any) -> None:
     for query in ("1.inner.0", "1.inner.1", "output"):
         (message,) = said(model, query)
         assert "module '1' " in message
-    with pytest.raises(featx.UntraceableError) as raised:
-        node_names(model, exact=True)
-    assert (raised.value.path, raised.value.module_type) == ("1", Around)
+    refused(model, "1")
     with pytest.warns(UserWarning, match=r"\[tests\.test_tracing\.Around\]"):
         names = eval_names(model, exact=True, auto_leaf=True)
     assert "1" in names
     assert {"0.first", "2.first"} < set(names)
-    model = model[:2]  # what comes after autocast would take its bfloat16 for a mistake
-    right, parameters = as_leaves(model), list(model.parameters())
-    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
+    check_as_leaves(model[:2])  # what comes after autocast would take its bfloat16 for a mistake
 
 
 def test_one_warning_for_each_kind() -> None:
@@ -244,11 +250,8 @@ def test_one_warning_for_each_kind() -> None:
     messages = said(model)
     assert sorted(kinds_of(messages)) == sorted(KINDS[:4])
     assert all("module '0.1' " in message for message in messages)
-    with pytest.raises(featx.UntraceableError) as raised:
-        node_names(model, exact=True)
-    assert raised.value.path == "0.1"
-    right = as_leaves(model)
-    assert same(outcomes(lambda x: right(x)["output"], []), outcomes(model, []))
+    refused(model, "0.1")
+    check_as_leaves(model)
 
 
 def test_one_warning_for_both_modes() -> None:
@@ -256,9 +259,8 @@ def test_one_warning_for_both_modes() -> None:
         return cast(self, x) if self.training else no_grad(self, x)
 
     assert kinds_of(said(around(forward))) == ["torch.autocast", "grad mode"]
-    for queries, kind in (((["output"], []), "torch.autocast"), (([], ["output"]), "grad mode")):
-        modes = dict(zip(("train_return_nodes", "eval_return_nodes"), queries))
-        assert kinds_of(said(around(forward), None, **modes)) == [kind]
+    assert kinds_of(said(around(forward), None, train_return_nodes="output", eval_return_nodes=[])) == KINDS[:1]
+    assert kinds_of(said(around(forward), None, train_return_nodes=[], eval_return_nodes="output")) == KINDS[1:2]
 
 
 # ------------------------------------------------------------------------- what is not concerned
@@ -281,8 +283,7 @@ def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> No
     model = net(branches, before=Block(), losing=around(forward), beside=Block())
     assert len(said(model)) == len(said(model, ["beside", "losing"])) == len(said(model, "losing.1")) == 1
     assert said(model, ["before", "beside", "losing.0"]) == []
-    modes = {"train_return_nodes": ["before"], "eval_return_nodes": ["output"]}
-    assert len(said(model, None, **modes)) == 1
+    assert len(said(model, None, train_return_nodes=["before"], eval_return_nodes=["output"])) == 1
 
 
 def test_all_of_a_block_is_concerned() -> None:
@@ -322,10 +323,9 @@ NOTHING: dict[str, Callable[..., Any]] = {
 def test_no_false_alarm(case: str) -> None:
     members = {"scale": torch.rand(4), "index": torch.tensor([[1, 0], [3, 2]]), "weight": nn.Parameter(torch.rand(4))}
     model = nn.Sequential(net(NOTHING[case], **members))
-    assert said(model) == []
-    assert equal(quietly(model)(X)["output"], model(X))
+    assert equal(feature(model), model(X))
     if case != "a number":  # whose int() cannot be traced where buffers are nodes
-        assert said(model, exact=True) == []
+        assert equal(feature(model, exact=True), model(X))
     assert equal(as_leaves(model)(X)["output"], model(X))
 
 
@@ -360,42 +360,41 @@ def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> N
     (message,) = said(model)
     assert "buffers" in message
     assert "module '1' " in message
-    default, exact = quietly(model), quietly(model, exact=True)
+    default, right = extract_quietly(model, "output"), exact(model, "output")
     assert equal(default(X)["output"], before)
     state = {key: value + 0.5 for key, value in model.state_dict().items()}
-    for module in (model, exact):
+    for module in (model, right):
         module.load_state_dict({**module.state_dict(), **state})  # constants of its own stay
-        assert equal(exact(X)["output"], model(X))
+        assert equal(right(X)["output"], model(X))
     assert not equal(model(X), before)
 
 
 def test_buffers_are_nodes() -> None:
     model = around(scale)
-    assert eval_names(model, exact=True) == [
-        *("input", "0", "1._1_scale", "1.sqrt", "1.mul", "1.fc", "2"),  # as torch.fx calls parameters
-    ]
-    exact = quietly(model, {"1._1_scale": "scale", "1.sqrt": "root", "output": "output"}, exact=True)
-    assert equal(exact(X)["scale"], model[1].scale)
-    assert sorted(exact.state_dict()) == sorted(model.state_dict())
-    assert exact.get_buffer("1.scale") is model[1].scale
-    copied = copy.deepcopy(exact)
-    exact.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
-    assert equal(exact(X)["output"], model(X))
+    names = ["input", "0", "1._1_scale", "1.sqrt", "1.mul", "1.fc", "2"]  # as torch.fx calls parameters
+    assert eval_names(model, exact=True) == names
+    right = exact(model, {"1._1_scale": "scale", "1.sqrt": "root", "output": "output"})
+    assert equal(right(X)["scale"], model[1].scale)
+    assert sorted(right.state_dict()) == sorted(model.state_dict())
+    assert right.get_buffer("1.scale") is model[1].scale
+    copied = copy.deepcopy(right)
+    right.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
+    assert equal(right(X)["output"], model(X))
     assert equal(copied(X)["scale"] * 2, model[1].scale)
     copied.double()
     assert copied(X.double())["output"].dtype is torch.float64
     assert equal(copied(X.double())["root"], copied.get_buffer("1.scale").sqrt())
     assert copied.to("meta")(X.double().to("meta"))["output"].is_meta
-    assert equal(by_torch_save(exact)(X)["output"], model(X))
+    assert equal(by_torch_save(right)(X)["output"], model(X))
 
 
 def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
     model = around(scale)
     model[1].register_buffer("scale", torch.rand(4), persistent=False)
-    exact = quietly(model, exact=True)
-    assert list(exact.state_dict()) == list(model.state_dict())
+    right = exact(model, "output")
+    assert list(right.state_dict()) == list(model.state_dict())
     model[1].scale += 1
-    assert equal(exact(X)["output"], model(X))
+    assert equal(right(X)["output"], model(X))
 
 
 @pytest.mark.skipif(older(torch="2.14"), reason="a proxy cannot stand in for a buffer, so that any way is refused")
@@ -406,14 +405,11 @@ def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
 
     model = around(forward)
     assert any("assigns a buffer" in message for message in said(model))
-    with pytest.raises(featx.UntraceableError, match="assigns a buffer") as raised:
-        node_names(model, exact=True)
-    assert raised.value.path == "1"
+    refused(model, "1", "assigns a buffer")
+    refused(model[1], "", "assigns a buffer")
     right, reference = as_leaves(model), copy.deepcopy(model)
     for _ in range(3):
         assert equal(right(X)["output"], reference(X))
-    with pytest.raises(featx.UntraceableError, match="assigns a buffer"):
-        node_names(model[1], exact=True)
 
 
 DRAWS: dict[str, Callable[..., Any]] = {
@@ -436,11 +432,8 @@ DRAWS: dict[str, Callable[..., Any]] = {
 def test_what_is_drawn_is_said_refused_or_right(case: str) -> None:
     model = around(DRAWS[case])
     assert kinds_of(said(model)) == ["random numbers"]
-    with pytest.raises(featx.UntraceableError, match="random numbers") as raised:
-        node_names(model, exact=True)
-    assert raised.value.path == "1"
-    right, parameters = as_leaves(model), list(model.parameters())
-    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
+    refused(model, "1", "random numbers")
+    check_as_leaves(model)
 
 
 def test_a_draw_that_only_picks_the_output() -> None:
@@ -455,9 +448,9 @@ def test_a_draw_that_only_picks_the_output() -> None:
 
 def test_what_is_drawn_like_the_input_is_a_node() -> None:
     model = around(lambda self, x: self.fc(x + torch.rand_like(x)))
-    assert said(model) == said(model, exact=True) == []
-    exact = quietly(model, exact=True)
-    assert not equal(exact(X)["output"], exact(X)["output"])
+    assert said(model) == []
+    right = exact(model, "output")
+    assert not equal(right(X)["output"], right(X)["output"])
 
 
 # ------------------------------------------------------------------------- the model's own forward
@@ -465,25 +458,21 @@ def test_what_is_drawn_like_the_input_is_a_node() -> None:
 
 @parametrize("forward", [no_grad, enable, cast, noise])
 def test_the_models_own_forward(forward: Callable[..., Any]) -> None:
-    parts = {"body": nn.Sequential(Block()), "bad": around(no_grad), "fc": linear()}
-    model = net(forward, **parts)
+    model = net(forward, body=nn.Sequential(Block()), bad=around(no_grad), fc=linear())
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
     for auto_leaf in (False, True):
-        with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
-            extract(model, "output", exact=True, auto_leaf=auto_leaf)
-        assert (raised.value.path, raised.value.traceable) == ("", ["body"])
-    right, parameters = as_leaves(nn.Sequential(model)), list(model.parameters())
-    assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
+        assert refused(model, "", "the model's own forward", auto_leaf=auto_leaf).traceable == ["body"]
+    check_as_leaves(nn.Sequential(model))
 
 
 def test_the_model_computes_from_buffers() -> None:
     model = net(scale, fc=linear(), scale=torch.rand(4))
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
-    exact = quietly(model, exact=True)
+    right = exact(model, "output")
     model.scale += 1
-    assert equal(exact(X)["output"], model(X))
+    assert equal(right(X)["output"], model(X))
 
 
 def replaced(model: nn.Module) -> nn.Module:
@@ -499,20 +488,15 @@ def test_a_replaced_forward_is_refused_said_or_in_a_sequential_right() -> None:
         (message,) = said(model, query)
         assert "replaced on the instance" in message
         assert "nn.Sequential(model)" in message
-    with pytest.raises(featx.UntraceableError, match=r"nn\.Sequential\(model\)") as raised:
-        node_names(model, exact=True, auto_leaf=True)
-    assert (raised.value.path, raised.value.traceable) == ("", ["0", "1"])
-    wrapped = nn.Sequential(model)
-    for options in ({}, {"exact": True}):
-        assert said(wrapped, **options) == []
-        assert equal(quietly(wrapped, **options)(X)["output"], model(X))
+    assert refused(model, "", r"nn\.Sequential\(model\)", auto_leaf=True).traceable == ["0", "1"]
+    for mended in (False, True):
+        assert equal(feature(nn.Sequential(model), exact=mended), model(X))
 
 
 def test_a_replaced_forward_inside_is_traced() -> None:
     model = nn.Sequential(Block(), replaced(Block()), replaced(nn.Sequential(Block())))
-    for options in ({}, {"exact": True}):
-        assert said(model, **options) == []
-        assert equal(quietly(model, **options)(X)["output"], model(X))
+    for mended in (False, True):
+        assert equal(feature(model, exact=mended), model(X))
 
 
 # ------------------------------------------------------------------------------- the caller's things
@@ -536,9 +520,9 @@ def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
 
     elsewhere()
     expected = copy.copy(found)
-    for options in ({}, {"exact": True}):
+    for mended in (False, True):
         found.clear()
-        assert said(around(forward), **options) == []
+        assert said(around(forward), exact=mended) == []
         assert same(found, expected * 2)
 
 
@@ -549,20 +533,22 @@ def test_what_the_thread_is_in_is_no_block() -> None:
     with torch.inference_mode():
         assert said(model) == said(model, exact=True) == []
     with torch.no_grad():
-        assert kinds_of(said(around(no_grad))) == kinds_of(said(around(enable))) == ["grad mode"]
+        for forward in (no_grad, enable):
+            assert kinds_of(said(around(forward))) == ["grad mode"]
 
 
 @parametrize("exact", [False, True])
 @parametrize("forward", [plain, enable, no_grad, cast, noise, lambda self, x: self.missing(x)])
 def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
     def state() -> list[Any]:
-        enters = [vars(block).get("__enter__") for block in (torch.enable_grad, torch.set_grad_enabled, torch.no_grad)]
-        return [*enters, torch.is_grad_enabled(), torch.is_autocast_enabled(), torch._C._len_torch_dispatch_stack()]
+        blocks = [torch.enable_grad, torch.set_grad_enabled, torch.no_grad]
+        modes = [torch.is_grad_enabled(), torch.is_autocast_enabled(), torch._C._len_torch_dispatch_stack()]
+        return [*modes, *(vars(block).get("__enter__") for block in blocks)]
 
     before = state()
     model = around(forward)
     try:
-        quietly(model, exact=exact)
+        extract_quietly(model, "output", exact=exact)
     except featx.UntraceableError:
         assert exact or "missing" in forward.__code__.co_names
     assert state() == before
@@ -570,17 +556,16 @@ def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
 
 @parametrize("model", [around(no_grad), around(scale), around(noise), replaced(around(plain))])
 def test_the_warnings_can_be_silenced(model: nn.Module) -> None:
+    with pytest.raises(featx.FeatureWarning):
+        extract(model, "output")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(featx.FeatureWarning):
-            extract(model, "output")
         warnings.filterwarnings("ignore", category=featx.FeatureWarning)
         extract(model, "output")
 
 
 def test_they_are_said_where_the_extractor_is_made() -> None:
     with pytest.warns(featx.FeatureWarning) as caught:
-        extract(around(no_grad), "output")
+        featx.create_feature_extractor(around(no_grad), "output")
     assert [warning.filename for warning in caught] == [__file__]
 
 
@@ -600,12 +585,13 @@ class Computing(torch.nn.Module):
             return x * self.scale.sqrt() + torch.zeros(4).exp() + torch.rand(4)
 
 before = set(sys.modules)
-extract(Computing(), "output")
+featx.create_feature_extractor(Computing(), "output")
 added = sorted(set(sys.modules) - before)
 assert not [name for name in added if name.startswith("torch._dynamo")], added
 """
     folder = Path(str(featx.__file__)).parent
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=folder, check=True)
+    done = python("-W", "ignore", "-c", program, cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------- real pieces
@@ -616,36 +602,28 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((width,), value))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = self.weight.reshape(1, -1, 1, 1) * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
-        return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
+        values = [self.weight, self.bias, self.running_mean, self.running_var]
+        weight, bias, mean, variance = [value.reshape(1, -1, 1, 1) for value in values]
+        scale = weight * (variance + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
 
 
 def test_a_frozen_batch_norm_follows_its_checkpoint() -> None:
     models = pytest.importorskip("torchvision.models")
     model = models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d).eval()
-    queries, x = ["bn1", "layer1", "layer4", "output"], torch.rand(1, 3, 64, 64)
-    assert kinds_of(said(model, ["layer1", "layer4"])) == ["buffers"]
-    exact = quietly(model, queries, exact=True)
-    assert sorted(exact.state_dict()) == sorted(model.state_dict())
-    for module in (model, exact):
+    queries, x = ["bn1", "layer1", "layer4", ""], torch.rand(1, 3, 64, 64)
+    assert kinds_of(said(model, queries[1:3])) == ["buffers"]
+    right = exact(model, {query or "output": query for query in queries})
+    assert sorted(right.state_dict()) == sorted(model.state_dict())
+    for module in (model, right):
         state = {key: torch.rand_like(value) * 0.1 for key, value in model.state_dict().items()}
         module.load_state_dict(state)
-        assert same(exact(x), returned(model, queries, x))
-
-
-def returned(model: nn.Module, queries: list[str], x: torch.Tensor) -> dict[str, Any]:
-    """What modules return in eager execution, and last what the model does."""
-    found: dict[str, Any] = {}
-    with contextlib.ExitStack() as hooks:
-        for query in queries[:-1]:
-            keep = lambda module, inputs, output, query=query: found.update({query: snapshot(output)})  # noqa: E731
-            hooks.callback(model.get_submodule(query).register_forward_hook(keep).remove)
-        output = model(x)
-    return {**found, queries[-1]: output}
+        seen = returned(model, x)
+        assert same(run(right, x), {query: seen[query][0] for query in queries})
 
 
 class FrozenBody(nn.Module):
@@ -671,7 +649,7 @@ def test_a_frozen_body_in_a_trained_head() -> None:
     expected = gradients(model(x))
     assert [gradient is None for gradient in expected] == [True] * (len(parameters) - 6) + [False] * 6
     assert same(gradients(right(x)["output"]), expected)
-    assert None not in gradients(quietly(model)(x)["output"])
+    assert None not in gradients(extract_quietly(model, "output")(x)["output"])
     assert not right(x)["0"].requires_grad
 
 
@@ -691,24 +669,14 @@ def test_autocast_in_one_block_of_a_vit() -> None:
     x = torch.rand(2, 3, 32, 32)
     with ignored_warnings():
         names = eval_names(model, exact=True, auto_leaf=True)
-    modules = [name for name, _ in model.named_modules() if name in names]
-    assert path in modules
-    assert path + ".mlp.0" not in modules
-    expected = returned(model, [*modules, "output"], x)
-    assert same(as_leaves(model, [*modules, "output"])(x), expected)
-    assert not same(quietly(model, path)(x)[path], expected[path])
+    expected = {query: values[0] for query, values in returned(model, x).items() if query in [*names, ""]}
+    assert path in expected
+    assert path + ".mlp.0" not in expected
+    assert same(run(as_leaves(model, {query or "output": query for query in expected}), x), expected)
+    assert not same(run(extract_quietly(model, path), x)[path], expected[path])
 
 
 # ----------------------------------------------------------------------------------------- the zoo
-
-
-def exact_nodes(model: nn.Module, buffers: bool) -> dict[Any, str]:
-    """The nodes and their exact names, where buffers are nodes and where they are not."""
-    tracer = featx.NodePathTracer(exact=True, **featx._tracer_arguments(None))
-    tracer.proxy_buffer_attributes = buffers
-    with featx._unchanged(model):
-        tracer.trace(model)
-    return dict(tracer.node_to_qualname)
 
 
 @pytest.mark.zoo
@@ -718,15 +686,16 @@ def test_the_zoo_is_silent_and_gains_nodes_of_buffers_alone(name: str) -> None:
     names = node_names(model)
     with heard() as caught:
         extract(model, None, *names)
-    assert not [message for message in map(str, caught) if any(kind in message for kind in KINDS)]
+    assert kinds_of(texts(caught)) == []
     buffers = {path for path, _ in model.named_buffers()}
     for mode in (True, False):
-        before = list(exact_nodes(model.train(mode), buffers=False).values())
-        nodes, gained = exact_nodes(model, buffers=True), set()
+        before = traced(model.train(mode), exact=True)[0].names
+        nodes, gained = traced(model, buffers=True, exact=True)[0].node_to_qualname, set()
         for node in nodes:  # buffers, and operations on nothing else
-            computed = node.op != "call_module" and node.all_input_nodes and gained.issuperset(node.all_input_nodes)
+            operands = node.all_input_nodes
+            computed = node.op != "call_module" and operands and gained.issuperset(operands)
             if computed or (node.op == "get_attr" and node.target in buffers):
                 gained.add(node)
         assert set(before) <= set(nodes.values())
-        stems = [featx._split_number(name)[0] for node, name in nodes.items() if node not in gained]
-        assert stems == [featx._split_number(name)[0] for name in before]
+        stems = [without_number(name) for node, name in nodes.items() if node not in gained]
+        assert stems == list(map(without_number, before))
