@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 import pytest
 import torch
 from torch import equal, fx, nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
-from tests import featx
-from tests.helpers import X, in_both_modes, parametrize, same
+from tests import featx, helpers
+from tests.helpers import ROOT, as_it_is, in_both_modes, parametrize, python, recording, same, seeded, snapshot
 from tests.nets import Block, build, linear
 from tests.versions import needs
 
@@ -30,6 +30,11 @@ from tests.versions import needs
 pytestmark = needs("torch.distributed.fsdp.fully_shard", torch="2.6")
 if pytestmark.args[0]:
     pytest.skip(pytestmark.kwargs["reason"], allow_module_level=True)
+else:
+    from torch._subclasses import FakeTensorMode
+    from torch.distributed.fsdp import fully_shard
+    from torch.func import functional_call, vmap
+    from torch.utils.flop_counter import FlopCounterMode
 
 OPTIONS: list[dict[str, Any]] = [{}, {"exact": True}]
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
@@ -51,7 +56,7 @@ Values = dict[str, torch.Tensor]
 
 @pytest.fixture(params=OPTIONS, ids=str)
 def extract(request: pytest.FixtureRequest) -> Extract:
-    return functools.partial(featx.create_feature_extractor, **request.param)
+    return functools.partial(helpers.extract, **request.param)
 
 
 class Branches(nn.Module):
@@ -81,27 +86,46 @@ def small_vit() -> nn.Module:
 
 
 def eager(model: nn.Module, paths: Mapping[str, str], x: torch.Tensor, clone: bool = True) -> Values:
-    """What hooks see of the modules' outputs while the whole model runs, under their keys.
+    """What modules return while the whole model runs, under their keys.
 
     Without clones it is for gradients: a clone changes the order in which autograd adds up three of them.
     """
-    values: Values = {}
-
-    def hook_for(key: str) -> Callable[..., None]:
-        return lambda module, inputs, output: values.update({key: output.clone() if clone else output})
-
-    with contextlib.ExitStack() as hooks:
-        for path, key in paths.items():
-            hooks.enter_context(model.get_submodule(path).register_forward_hook(hook_for(key)))
-        run(model, x)
+    with recording(model, snapshot if clone else as_it_is) as calls:
+        seeded(model, x)
+    values = {paths[path]: value for path, value in calls if path in paths}
     assert len(values) == len(paths), "a module did not run"
     return values
 
 
-def run(module: Callable[..., Any], x: torch.Tensor) -> Any:
-    """A call whose random numbers are the same each time."""
-    torch.manual_seed(1)
-    return module(x)
+def case_of(name: str) -> tuple[nn.Module, dict[str, str], torch.Tensor]:
+    """A model, two modules of it with keys, and an input."""
+    if name == "Branches":
+        return Branches(), MODES, X
+    if name == "blocks":
+        return blocks(), BLOCKS, X
+    if name == "vit":
+        layer = "encoder.layers.encoder_layer"
+        return small_vit(), {f"{layer}_0.mlp": "low", f"{layer}_1.mlp": "high"}, IMAGES
+    return build(name), RESNET, IMAGES
+
+
+def check(
+    extractor: Callable[..., Any], model: nn.Module, paths: Mapping[str, str] = MODES, x: torch.Tensor = X
+) -> Values:
+    """The features, which are what the modules return."""
+    values = seeded(extractor, x)
+    assert same(values, eager(model, paths, x))
+    return values
+
+
+def check_flips(extractor: Any, model: nn.Module, paths: Mapping[str, str] = MODES, x: torch.Tensor = X) -> None:
+    """The same in each mode."""
+    seen = []
+    for mode in (True, False, True):
+        extractor.train(mode)
+        model.train(mode)
+        seen.append(check(extractor, model, paths, x))
+    assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
 
 
 def loss_of(values: Values) -> torch.Tensor:
@@ -135,7 +159,7 @@ def test_compile(extract: Extract) -> None:
             model.train(mode)
             expected = eager(model, MODES, X)
             expected_gradients = gradients(expected, extractor)
-            actual = run(compiled, X)
+            actual = seeded(compiled, X)
             # Inductor makes kernels of its own.
             assert_close(actual, expected)
             assert_close(gradients(actual, extractor), expected_gradients)
@@ -145,7 +169,6 @@ def test_compile(extract: Extract) -> None:
 
 def test_compile_recompiles_for_a_new_mode_only(extract: Extract) -> None:
     model = Branches()
-    extractor = extract(model, MODES)
     graphs: list[fx.GraphModule] = []
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -153,11 +176,9 @@ def test_compile_recompiles_for_a_new_mode_only(extract: Extract) -> None:
         return graph.forward
 
     torch.compiler.reset()
-    compiled = torch.compile(extractor, backend=backend, fullgraph=True, dynamic=False)
-    for mode in (True, False, True, False):
-        compiled.train(mode)
-        model.train(mode)
-        assert same(run(compiled, X), eager(model, MODES, X)), mode
+    compiled = torch.compile(extract(model, MODES), backend=backend, fullgraph=True, dynamic=False)
+    check_flips(compiled, model)
+    check_flips(compiled, model)
     assert len(graphs) == 2
 
 
@@ -165,27 +186,17 @@ def test_compile_recompiles_for_a_new_mode_only(extract: Extract) -> None:
 
 
 @in_both_modes
-def test_export_to_a_file(extract: Extract, mode: bool, tmp_path: Path) -> None:
-    model = Branches().train(mode)
-    program = torch.export.export(
-        extract(model, MODES), (X,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}}
-    )
-    torch.export.save(program, tmp_path / "extractor.pt2")
-    loaded = torch.export.load(tmp_path / "extractor.pt2").module()
-    for batch in (X, X[:3], torch.cat([X, X.neg()])):
-        assert same(run(loaded, batch), eager(model, MODES, batch)), len(batch)
-
-
-@in_both_modes
-def test_export_of_a_resnet(extract: Extract, mode: bool, tmp_path: Path) -> None:
-    model = build("resnet18").train(mode)
+@parametrize("name", ["Branches", "resnet18"])
+def test_export_to_a_file(extract: Extract, name: str, mode: bool, tmp_path: Path) -> None:
+    model, paths, x = case_of(name)
+    extractor = extract(model.train(mode), paths)
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(extract(model, RESNET), (IMAGES,), dynamic_shapes={"x": {0: batch}})
+    program = torch.export.export(extractor, (x,), dynamic_shapes={"x": {0: batch}})
     torch.export.save(program, tmp_path / "extractor.pt2")
     loaded = torch.export.load(tmp_path / "extractor.pt2")
-    assert not [name for name in loaded.state_dict if name.startswith(("layer3", "layer4", "fc"))]
-    for images in (IMAGES, IMAGES[:3]):
-        assert same(run(loaded.module(), images), eager(model, RESNET, images))
+    assert not [name for name in loaded.state_dict if name.startswith(("layer3", "layer4", "fc", "last"))]
+    for images in (x, x[:3], torch.cat([x, x.neg()])):
+        check(loaded.module(), model, paths, images)
 
 
 # --- TorchScript ---
@@ -193,59 +204,50 @@ def test_export_of_a_resnet(extract: Extract, mode: bool, tmp_path: Path) -> Non
 
 @parametrize("name", ["Branches", "resnet18"])
 def test_a_scripted_extractor_from_a_file_follows_the_mode(extract: Extract, name: str, tmp_path: Path) -> None:
-    model, paths, x = (Branches(), MODES, X) if name == "Branches" else (build(name), RESNET, IMAGES)
-    torch.jit.script(extract(model, paths)).save(str(tmp_path / "extractor.pt"))
-    loaded = torch.jit.load(str(tmp_path / "extractor.pt"))
+    model, paths, x = case_of(name)
+    file = str(tmp_path / "extractor.pt")
+    torch.jit.script(extract(model, paths)).save(file)
+    loaded = torch.jit.load(file)
     seen = []
     for mode in (True, False, True):
         # The file has statistics of its own; those of the model move in train mode.
         loaded.load_state_dict(model.state_dict(), strict=False)
-        loaded.train(mode)
-        model.train(mode)
-        seen.append(run(loaded, x))
-        assert same(seen[-1], eager(model, paths, x)), mode
+        seen.append(check(loaded.train(mode), model.train(mode), paths, x))
     assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
 
 
 def test_jit_trace_and_freeze(extract: Extract) -> None:
     model = blocks().eval()
     extractor = extract(model, BLOCKS)
-    expected = eager(model, BLOCKS, X)
-    assert same(torch.jit.trace(extractor, X, strict=False)(X), expected)
-    assert same(torch.jit.freeze(torch.jit.script(extractor))(X), expected)
+    check(torch.jit.trace(extractor, X, strict=False), model, BLOCKS)
+    check(torch.jit.freeze(torch.jit.script(extractor)), model, BLOCKS)
 
 
 # --- ONNX ---
 
 
-@parametrize("build", [blocks, functools.partial(build, "resnet18"), small_vit])
-def test_onnx(extract: Extract, build: Callable[[], nn.Module], tmp_path: Path) -> None:
+@parametrize("name", ["blocks", "resnet18", "vit"])
+def test_onnx(extract: Extract, name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-
-    model = build().eval()
-    paths = RESNET
-    x = X if build is blocks else IMAGES
-    if build is blocks:
-        paths = BLOCKS
-    elif build is small_vit:
-        paths = {"encoder.layers.encoder_layer_0": "low", "encoder.layers.encoder_layer_1": "high"}
+    model, paths, x = case_of(name)
+    keys = list(paths.values())
     file = str(tmp_path / "extractor.onnx")
     torch.onnx.export(
-        extract(model, paths),
+        extract(model.eval(), paths),
         (x,),
         file,
         input_names=["x"],
-        output_names=list(paths.values()),
+        output_names=keys,
         dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
         verbose=False,
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == list(paths.values())
+    assert [output.name for output in session.get_outputs()] == keys
     for batch in (x, x[:3]):
         values = session.run(None, {"x": batch.numpy()})
-        actual = {key: torch.from_numpy(value) for key, value in zip(paths.values(), values)}
+        actual = dict(zip(keys, map(torch.from_numpy, values)))
         # onnxruntime folds batch norm into convolutions and adds in another order: some 1e-6 of values around 1.
         assert_close(actual, eager(model, paths, batch), rtol=1e-4, atol=1e-5)
 
@@ -271,19 +273,12 @@ print(*sorted({{"torchvision", "tests"}} & set(sys.modules)))
 
 @parametrize(("name", "needs"), [("resnet18", "torchvision"), ("Branches", "tests")])
 def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str, needs: str, tmp_path: Path) -> None:
-    model = Branches() if name == "Branches" else build(name)
-    paths, x = (MODES, X) if name == "Branches" else (RESNET, IMAGES)
+    model, paths, x = case_of(name)
     for saved, file in ((extract(model, paths), "extractor.pt"), (model, "model.pt"), (x, "x.pt")):
         torch.save(saved, tmp_path / file)
-    path = os.pathsep.join(map(str, (Path(featx.__file__).parent, Path(__file__).parents[1])))
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD.format(featx=featx.__name__)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = os.pathsep.join([str(Path(featx.__file__).parent), str(ROOT)])
+    program = LOAD.format(featx=featx.__name__)
+    done = python("-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [needs]
     expected = [eager(model.train(mode), paths, x) for mode in (True, False)]
@@ -293,17 +288,13 @@ def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str,
 
 def test_safetensors(extract: Extract, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-
-    model, other = Branches(), Branches()
-    run(model.train(), X)  # statistics that are not those of a new model
-    safetensors.save_file(extract(model, MODES).state_dict(), tmp_path / "extractor.safetensors")
-    extractor = extract(other, MODES)
-    assert differ(run(extractor.eval(), X), eager(model.eval(), MODES, X))
-    extractor.load_state_dict(safetensors.load_file(tmp_path / "extractor.safetensors"))
-    for mode in (False, True):
-        model.train(mode)
-        extractor.train(mode)
-        assert same(run(extractor, X), eager(model, MODES, X)), mode
+    model, file = Branches(), tmp_path / "extractor.safetensors"
+    seeded(model.train(), X)  # statistics that are not those of a new model
+    safetensors.save_file(extract(model, MODES).state_dict(), file)
+    extractor = extract(Branches(), MODES)
+    assert differ(seeded(extractor.eval(), X), eager(model.eval(), MODES, X))
+    extractor.load_state_dict(safetensors.load_file(file))
+    check_flips(extractor, model)
 
 
 def tied() -> nn.Module:
@@ -314,36 +305,39 @@ def tied() -> nn.Module:
 
 def test_safetensors_of_tied_weights(extract: Extract, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-
     model, file = tied(), str(tmp_path / "extractor.safetensors")
     safetensors.save_model(extract(model, BLOCKS), file)
     assert len({"0.first.weight", "1.first.weight"} & set(safetensors.load_file(file))) == 1
     extractor = extract(tied(), BLOCKS)
     assert differ(extractor(X), eager(model, BLOCKS, X))
     assert safetensors.load_model(extractor, file) == (set(), [])
-    assert same(extractor(X), eager(model, BLOCKS, X))
+    check(extractor, model, BLOCKS)
     assert extractor.get_parameter("0.first.weight") is extractor.get_parameter("1.first.weight")
 
 
 @parametrize("assign", [False, True])
 @parametrize("name", ZOO)
 def test_the_models_state_dict(extract: Extract, name: str, assign: bool) -> None:
-    model, other = build(name).eval(), build(name).eval()
-    paths = {path: path for path in ZOO[name]}
-    extractor = extract(other, paths)
-    assert differ(extractor(IMAGES), eager(model, paths, IMAGES))
+    model, paths = build(name).eval(), itself(ZOO[name])
+    extractor = extract(build(name).eval(), paths)
+    expected = eager(model, paths, IMAGES)
+    assert differ(extractor(IMAGES), expected)
     state = model.state_dict()
     result = extractor.load_state_dict(state, strict=False, assign=assign)
     assert not result.missing_keys
     # What was cut away: the modules whose parameters have no part in the features.
     names, parameters = zip(*model.named_parameters())
-    found = torch.autograd.grad(loss_of(eager(model, paths, IMAGES)), parameters, allow_unused=True)
+    found = torch.autograd.grad(loss_of(expected), parameters, allow_unused=True)
     unused = {name.rpartition(".")[0] for name, gradient in zip(names, found) if gradient is None}
     assert sorted(result.unexpected_keys) == sorted(key for key in state if key.rpartition(".")[0] in unused)
     assert unused
-    assert same(extractor(IMAGES), eager(model, paths, IMAGES))
+    check(extractor, model, paths, IMAGES)
     first = next(iter(extractor.state_dict()))
     assert (extractor.state_dict()[first].data_ptr() == state[first].data_ptr()) is assign
+
+
+def itself(paths: Iterable[str]) -> dict[str, str]:
+    return {path: path for path in paths}
 
 
 # --- several processes ---
@@ -392,14 +386,15 @@ def test_ddp_uses_every_parameter(extract: Extract, tmp_path: Path) -> None:
     model = resnet()
     names = [name for name, _ in model.named_parameters() if not name.startswith(("layer3", "layer4", "fc"))]
     for step in range(2):
-        assert list(first[step]) == names
-        shares = []
-        for rank in range(2):
-            model.zero_grad()
-            loss_of(eager(model, RESNET, images_of(rank, step), clone=False)).backward()
-            shares.append({name: model.get_parameter(name).grad.clone() for name in names})
-        # Halves are exact, so the order of dividing and adding does not show.
-        assert same(first[step], {name: (shares[0][name] + shares[1][name]) / 2 for name in names})
+        losses = [loss_of(eager(model, RESNET, images_of(rank, step), clone=False)) for rank in range(2)]
+        assert same(first[step], mean_gradients(model, names, losses))
+
+
+def mean_gradients(model: nn.Module, names: list[str], losses: list[torch.Tensor]) -> Values:
+    """Halves are exact, so the order of dividing and adding does not show."""
+    parameters = [model.get_parameter(name) for name in names]
+    first, second = (torch.autograd.grad(loss, parameters) for loss in losses)
+    return {name: (a + b) / 2 for name, a, b in zip(names, first, second)}
 
 
 class EarlyByHook(nn.Module):
@@ -427,7 +422,6 @@ def test_ddp_of_the_whole_model_raises(tmp_path: Path) -> None:
 
 
 def fsdp_steps(rank: int, *, extract: Extract) -> list[Any]:
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     torch.manual_seed(0)
@@ -455,16 +449,10 @@ def test_fsdp(extract: Extract, tmp_path: Path) -> None:
     model = blocks()
     names = [name for name, _ in model.named_parameters() if not name.startswith("2.")]
     for step in range(2):
-        shares = []
+        expected = [eager(model, BLOCKS, X[rank::2] + step, clone=False) for rank in range(2)]
+        mean = mean_gradients(model, names, [loss_of(values) for values in expected])
         for rank in range(2):
-            model.zero_grad()
-            expected = eager(model, BLOCKS, X[rank::2] + step, clone=False)
-            assert same(by_rank[rank][step][0], expected)
-            loss_of(expected).backward()
-            shares.append({name: model.get_parameter(name).grad.clone() for name in names})
-        mean = {name: (shares[0][name] + shares[1][name]) / 2 for name in names}
-        for rank in range(2):
-            assert same(by_rank[rank][step][1], mean)
+            assert same(by_rank[rank][step], (expected[rank], mean))
 
 
 # --- torch.func ---
@@ -474,23 +462,24 @@ def test_functional_call(extract: Extract) -> None:
     model, other = Branches(), Branches()
     extractor = extract(model, MODES)
     state = {name: other.state_dict()[name] for name in extractor.state_dict()}
+    before = copy.deepcopy(model.state_dict())
     for mode in (True, False):
         extractor.train(mode)
-        other.train(mode)
-        before = copy.deepcopy(model.state_dict())
-        expected = eager(copy.deepcopy(other), MODES, X)
-        assert same(run(lambda x: torch.func.functional_call(extractor, state, (x,)), X), expected), mode
+        expected = eager(copy.deepcopy(other.train(mode)), MODES, X)
+        assert same(seeded(lambda x: functional_call(extractor, state, (x,)), X), expected), mode
         assert same(dict(model.state_dict()), dict(before)), "the extractor's own state was used"
+
+
+def stacked(each: list[Values]) -> Values:
+    return {key: torch.stack([values[key] for values in each]) for key in each[0]}
 
 
 def test_vmap_over_inputs(extract: Extract) -> None:
     model = Branches().eval()
-    extractor = extract(model, MODES)
     groups = torch.stack([X, X * 2, X - 1])
-    actual = torch.func.vmap(extractor)(groups)
-    each = [eager(model, MODES, group) for group in groups]
+    actual = vmap(extract(model, MODES))(groups)
     # One product of larger matrices in place of three.
-    assert_close(actual, {key: torch.stack([values[key] for values in each]) for key in each[0]})
+    assert_close(actual, stacked([eager(model, MODES, group) for group in groups]))
 
 
 def test_func_grad(extract: Extract) -> None:
@@ -499,26 +488,23 @@ def test_func_grad(extract: Extract) -> None:
     parameters = {name: parameter.detach() for name, parameter in extractor.named_parameters()}
 
     def loss(parameters: Values, x: torch.Tensor) -> torch.Tensor:
-        return loss_of(torch.func.functional_call(extractor, parameters, (x,)))
+        return loss_of(functional_call(extractor, parameters, (x,)))
 
     actual = torch.func.grad(loss)(parameters, X)
     assert same(actual, gradients(eager(model, MODES, X, clone=False), extractor))
-    for_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X[:, None])
-    one_by_one = [gradients(eager(model, MODES, x[None]), extractor) for x in X]
-    assert_close(for_each, {name: torch.stack([each[name] for each in one_by_one]) for name in parameters})
+    for_each = vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X[:, None])
+    assert_close(for_each, stacked([gradients(eager(model, MODES, x[None]), extractor) for x in X]))
 
 
 def test_an_ensemble(extract: Extract) -> None:
     """The names of an extractor's parameters are the model's, so what is stacked of models fits."""
     models = [Branches().eval() for _ in range(3)]
     extractor = extract(copy.deepcopy(models[0]).to("meta"), MODES)
-    state = {name: value for each in torch.func.stack_module_state(models) for name, value in each.items()}
+    parameters, buffers = torch.func.stack_module_state(models)
+    state = {**parameters, **buffers}
     kept = {name: state[name] for name in extractor.state_dict()}
-    actual = torch.func.vmap(lambda state, x: torch.func.functional_call(extractor, state, (x,)), in_dims=(0, None))(
-        kept, X
-    )
-    each = [eager(model, MODES, X) for model in models]
-    assert_close(actual, {key: torch.stack([values[key] for values in each]) for key in each[0]})
+    actual = vmap(lambda state: functional_call(extractor, state, (X,)))(kept)
+    assert_close(actual, stacked([eager(model, MODES, X) for model in models]))
 
 
 # --- numbers and memory ---
@@ -527,24 +513,23 @@ def test_an_ensemble(extract: Extract) -> None:
 @in_both_modes
 @parametrize("name", [*ZOO, "vit"])
 def test_autocast(extract: Extract, name: str, mode: bool) -> None:
-    model = small_vit() if name == "vit" else build(name)
-    paths = {path: path for path in ZOO.get(name, ["encoder.layers.encoder_layer_0.mlp", "encoder.layers"])}
+    model, paths, x = case_of(name)
+    if name == "vit":
+        paths["encoder.layers"] = "last"
+    else:
+        paths = itself(ZOO[name])
     extractor = extract(model.train(mode), paths)
     with torch.autocast("cpu", torch.bfloat16):
-        actual, expected = run(extractor, IMAGES), eager(model, paths, IMAGES)
-    assert same(actual, expected)
+        actual = check(extractor, model, paths, x)
     assert torch.bfloat16 in {value.dtype for value in actual.values()}
-    assert not same(actual, run(extractor, IMAGES))
+    assert not same(actual, seeded(extractor, x))
 
 
 @in_both_modes
 def test_channels_last(extract: Extract, mode: bool) -> None:
     model = build("resnet18").train(mode).to(memory_format=torch.channels_last)
-    extractor = extract(model, RESNET)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
-    actual = run(extractor, images)
-    assert same(actual, eager(model, RESNET, images))
-    for value in actual.values():
+    for value in check(extract(model, RESNET), model, RESNET, images).values():
         assert value.is_contiguous(memory_format=torch.channels_last)
         assert not value.is_contiguous()
 
@@ -552,10 +537,9 @@ def test_channels_last(extract: Extract, mode: bool) -> None:
 @in_both_modes
 @parametrize("name", ZOO)
 def test_gradients(extract: Extract, name: str, mode: bool) -> None:
-    model = build(name).train(mode)
-    paths = {path: path for path in ZOO[name]}
+    model, paths = build(name).train(mode), itself(ZOO[name])
     extractor = extract(model, paths)
-    actual = gradients(run(extractor, IMAGES), extractor)
+    actual = gradients(seeded(extractor, IMAGES), extractor)
     assert same(actual, gradients(eager(model, paths, IMAGES, clone=False), extractor))
     assert all(gradient.any() for gradient in actual.values())
 
@@ -599,7 +583,7 @@ class Symmetric(nn.Module):
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "parametrize": lambda module: parametrize.register_parametrization(module, "weight", Symmetric()),
+    "parametrize": lambda module: register_parametrization(module, "weight", Symmetric()),
     "weight_norm": with_weight_norm,
     "orthogonal": parametrizations.orthogonal,
     "prune": lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
@@ -612,17 +596,14 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 def test_changed_weights(extract: Extract, change: str, first: str) -> None:
     model = blocks()
     before = eager(model, BLOCKS, X)
-    if first == "extract":
-        extractor = extract(model, BLOCKS)
-        CHANGES[change](extractor.get_submodule("0.first"))
-    else:
+    if first == "change":
         CHANGES[change](model.get_submodule("0.first"))
-        extractor = extract(model, BLOCKS)
-    actual, expected = extractor(X), eager(model, BLOCKS, X)
-    assert same(actual, expected)
+    extractor = extract(model, BLOCKS)
+    if first == "extract":
+        CHANGES[change](extractor.get_submodule("0.first"))
+    actual = check(extractor, model, BLOCKS)
     assert differ(actual, before)
-    without_clones = eager(model, BLOCKS, X, clone=False)
-    assert same(gradients(actual, extractor), gradients(without_clones, extractor))
+    assert same(gradients(actual, extractor), gradients(eager(model, BLOCKS, X, clone=False), extractor))
     assert set(extractor.state_dict()) == {name for name in model.state_dict() if not name.startswith("2.")}
 
 
@@ -632,20 +613,18 @@ def test_changed_weights(extract: Extract, change: str, first: str) -> None:
 @in_both_modes
 @parametrize("use_reentrant", [True, False])
 def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
-    from torch.utils.checkpoint import checkpoint
-
     model = Branches().train(mode)
     extractor = extract(model, MODES)
     x, twin = X.clone().requires_grad_(), X.clone().requires_grad_()
-    # The reentrant kind looks for tensors in tuples only, so the dict is made outside.
-    keys = list(MODES.values())
     calls: list[int] = []
 
     def forward(x: torch.Tensor) -> Any:
         calls.append(1)
         return tuple(extractor(x).values())
 
-    actual = run(lambda x: dict(zip(keys, checkpoint(forward, x, use_reentrant=use_reentrant))), x)
+    # The reentrant kind looks for tensors in tuples only, so the dict is made outside.
+    values = seeded(lambda x: checkpoint(forward, x, use_reentrant=use_reentrant), x)
+    actual = dict(zip(MODES.values(), values))
     expected = eager(model, MODES, twin, clone=False)
     assert same(actual, expected)
     for parameter in extractor.parameters():
@@ -658,35 +637,31 @@ def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
     assert equal(x.grad, twin.grad)
 
 
-def test_flops_of_an_early_block(extract: Extract) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+def flops(call: Callable[..., Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call(IMAGES)
+    return counter.get_total_flops()
 
+
+def test_flops_of_an_early_block(extract: Extract) -> None:
     model = build("resnet18").eval()
     extractor = extract(model, "layer1")
-    counts = []
-    for call in (
-        extractor,
-        lambda x: model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x))))),
-        model,
-    ):
-        with FlopCounterMode(display=False) as counter:
-            call(IMAGES)
-        counts.append(counter.get_total_flops())
-    assert 0 < counts[0] == counts[1] < counts[2]
+    by_hand = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
+    assert 0 < flops(extractor) == flops(by_hand) < flops(model)
+
+
+TOOLS: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "symbolic_trace": fx.symbolic_trace,
+    "interpreter": lambda extractor: fx.Interpreter(extractor).run,
+    "transformer": lambda extractor: fx.Transformer(extractor).transform(),
+}
 
 
 @in_both_modes
-def test_symbolic_trace_of_an_extractor(extract: Extract, mode: bool) -> None:
+@parametrize("tool", TOOLS)
+def test_tools_of_fx(extract: Extract, tool: str, mode: bool) -> None:
     model = Branches().train(mode)
-    traced = fx.symbolic_trace(extract(model, MODES))
-    assert same(run(traced, X), eager(model, MODES, X))
-
-
-@in_both_modes
-@parametrize("tool", [lambda e: fx.Interpreter(e).run, lambda e: fx.Transformer(e).transform()])
-def test_tools_of_fx(extract: Extract, tool: Callable[[Any], Callable[..., Any]], mode: bool) -> None:
-    model = Branches().train(mode)
-    assert same(run(tool(extract(model, MODES)), X), eager(model, MODES, X))
+    check(TOOLS[tool](extract(model, MODES)), model)
 
 
 def test_fusion_by_fx(extract: Extract) -> None:
@@ -702,22 +677,21 @@ def test_fusion_by_fx(extract: Extract) -> None:
     assert_close(fused(IMAGES), eager(model, {"0": "early"}, IMAGES))
 
 
-def test_shapes_without_values(extract: Extract) -> None:
-    from torch._subclasses import FakeTensorMode
+def shapes(values: Values) -> dict[str, Any]:
+    return {key: value.shape for key, value in values.items()}
 
+
+def test_shapes_without_values(extract: Extract) -> None:
     model = build("resnet18")
-    expected = {key: value.shape for key, value in eager(model, RESNET, IMAGES).items()}
     extractor = extract(model, RESNET)
+    expected = shapes(eager(model, RESNET, IMAGES))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         faked = extractor(mode.from_tensor(IMAGES))
     on_meta = copy.deepcopy(extractor).to("meta")(IMAGES.to("meta"))
-    assert {key: value.shape for key, value in faked.items()} == expected
-    assert {key: value.shape for key, value in on_meta.items()} == expected
+    assert shapes(faked) == shapes(on_meta) == expected
 
 
 def test_averaged_weights(extract: Extract) -> None:
-    from torch.optim.swa_utils import AveragedModel
-
     model, other = Branches().eval(), Branches().eval()
     extractor = extract(copy.deepcopy(model), MODES)
     averaged = AveragedModel(extractor)
@@ -730,19 +704,14 @@ def test_averaged_weights(extract: Extract) -> None:
     assert differ(averaged(X), eager(other, MODES, X))
 
 
-@parametrize("build", ["modes", "vit"])
-def test_an_extractor_of_an_extractor(extract: Extract, build: str) -> None:
-    model = small_vit() if build == "vit" else Branches()
-    layers = "encoder.layers.encoder_layer"
-    outer = MODES if build == "modes" else {f"{layers}_0.mlp": "low", f"{layers}_1.mlp": "high"}
-    inner = {path: key for path, key in outer.items() if key in ("h", "low")}
-    x = X if build == "modes" else IMAGES
+@parametrize("name", ["Branches", "vit"])
+def test_an_extractor_of_an_extractor(extract: Extract, name: str) -> None:
+    model, outer, x = case_of(name)
+    inner = dict([list(outer.items())[name == "Branches"]])  # in Branches the modes part after the first
     twice = extract(extract(model, outer), inner)
     assert set(twice.state_dict()) == set(extract(model, inner).state_dict())
     for mode in (True, False, True):
-        twice.train(mode)
-        model.train(mode)
-        assert same(run(twice, x), eager(model, inner, x)), mode
+        check(twice.train(mode), model.train(mode), inner, x)
 
 
 def test_hooks_of_submodules_fire(extract: Extract) -> None:
@@ -832,15 +801,17 @@ def _save_tied(module: nn.Module, file: Path) -> None:
     safetensors.save_file(module.state_dict(), file)
 
 
+def as_graph(module: nn.Module) -> nn.Module:
+    return module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
+
+
 def _stack(module: nn.Module, file: Path) -> None:
-    graph = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
+    graph = as_graph(module)
     torch.func.stack_module_state([graph, copy.deepcopy(graph)])
 
 
 def _shard_a_container(module: nn.Module, file: Path) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    graph = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
+    graph = as_graph(module)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
@@ -898,14 +869,14 @@ LIMITS: dict[str, Limit] = {
         "a program has the mode that it was exported in",
     ),
     "vmap_batch_norm": Limit(
-        lambda module, file: torch.func.vmap(module.train())(torch.stack([X, X])),
+        lambda module, file: vmap(module.train())(torch.stack([X, X])),
         holding(nn.BatchNorm1d(4)),
         RuntimeError,
         "Batch norm got a batched tensor as input while the running_mean",
         "vmap cannot write one running mean for many batches",
     ),
     "vmap_dropout": Limit(
-        lambda module, file: torch.func.vmap(module.train())(torch.stack([X, X])),
+        lambda module, file: vmap(module.train())(torch.stack([X, X])),
         holding(nn.Dropout()),
         RuntimeError,
         "called random operation while in randomness error mode",
@@ -971,7 +942,7 @@ def test_what_torch_cannot_do(extract: Extract, name: str, on: str, tmp_path: Pa
     if on == "extractor":
         query = "1" if limit.model is tied else "0"
         module = extract(module, query, tracer_kwargs={"leaf_modules": [Tries, Decides]})
-    run(module, X)  # the module is all right
+    seeded(module, X)  # the module is all right
     torch.compiler.reset()
     with pytest.raises(limit.error, match=limit.message):
         limit.attempt(module, tmp_path / "file")
