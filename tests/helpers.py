@@ -118,6 +118,17 @@ def overwritten(*arguments: Any) -> dict[tuple[int, int], int]:
     return featx._overwritten(*arguments)
 
 
+def queries_by_mode(*arguments: Any) -> dict[str, dict[str, str]]:
+    return featx._queries_by_mode(*arguments)
+
+
+def prune(tracer: Any, reads: list[tuple[int, int]]) -> None:
+    """Cut a graph to what is read: the nodes at positions, each as it is after another one; keys are numbers."""
+    nodes = list(tracer.graph.nodes)
+    features = {str(number): featx._Feature(nodes[at], nodes[after]) for number, (at, after) in enumerate(reads)}
+    featx._prune(tracer, features, {key: key for key in features})
+
+
 # --- eager execution ---
 
 

@@ -87,41 +87,41 @@ PURE_LEAVES = ("linear", "sigmoid", "relu", "norm", "dropout", "identity", "scal
 
 TENSORS = ("buffer", "unsaved", "parameter")  # "unsaved" is a buffer that is not persistent
 
-# Each a chain of (torch.fx's name for it, function of the value so far and of a second one).
-Chain = Tuple[Tuple[str, Callable[[Any, Any], Any]], ...]
+# Each a chain: torch.fx's name for it -> function of the value so far and of a second one.
+Chain = Dict[str, Callable[[Any, Any], Any]]
 PURE: Dict[str, Chain] = {
-    "add": (("add", lambda a, b: a + b),),
-    "sigmoid": (("sigmoid", lambda a, b: torch.sigmoid(a)),),
-    "relu": (("relu", lambda a, b: F.relu(a)),),
-    "tanh": (("tanh", lambda a, b: a.tanh()),),
-    "neg": (("neg", lambda a, b: -a),),
-    "sub": (("sub", lambda a, b: torch.sub(a, b, alpha=0.5)),),
-    "where": (("gt", lambda a, b: a > 0), ("where", lambda a, b: torch.where(a, b, 0.5 * torch.ones(4)))),
-    "constant": (("add", lambda a, b: a + torch.tensor([1.0, 2.0, 3.0, 4.0])),),
-    "sort": (("sort", lambda a, b: torch.sort(a, dim=1)), ("getattr", lambda a, b: a.values), ("mul", operator.mul)),
-    "size": (("size", lambda a, b: a.size(0)), ("mul", lambda a, b: b * a)),
+    "add": {"add": lambda a, b: a + b},
+    "sigmoid": {"sigmoid": lambda a, b: torch.sigmoid(a)},
+    "relu": {"relu": lambda a, b: F.relu(a)},
+    "tanh": {"tanh": lambda a, b: a.tanh()},
+    "neg": {"neg": lambda a, b: -a},
+    "sub": {"sub": lambda a, b: torch.sub(a, b, alpha=0.5)},
+    "where": {"gt": lambda a, b: a > 0, "where": lambda a, b: torch.where(a, b, 0.5 * torch.ones(4))},
+    "constant": {"add": lambda a, b: a + torch.tensor([1.0, 2.0, 3.0, 4.0])},
+    "sort": {"sort": lambda a, b: torch.sort(a, dim=1), "getattr": lambda a, b: a.values, "mul": operator.mul},
+    "size": {"size": lambda a, b: a.size(0), "mul": lambda a, b: b * a},
 }
 VIEWS: Dict[str, Chain] = {
-    "getitem": (("getitem", lambda a, b: a[:]),),
-    "view": (("view", lambda a, b: a.view(2, 4)),),
-    "twice": (("view", lambda a, b: a.view(-1)), ("unflatten", lambda a, b: a.unflatten(0, (2, 4)))),
-    "transposed": (("t", lambda a, b: a.t()), ("transpose", lambda a, b: a.transpose(0, 1))),
-    "squeeze": (("unsqueeze", lambda a, b: a.unsqueeze(0)), ("squeeze", lambda a, b: torch.squeeze(a, 0))),
-    "dropped": (("dropout", lambda a, b: F.dropout(a, 0.5, False)),),
-    "contiguous": (("contiguous", lambda a, b: a.contiguous()),),
-    "same": (("to", lambda a, b: a.to(torch.float32)),),
-    "detach": (("detach", lambda a, b: a.detach()),),
+    "getitem": {"getitem": lambda a, b: a[:]},
+    "view": {"view": lambda a, b: a.view(2, 4)},
+    "twice": {"view": lambda a, b: a.view(-1), "unflatten": lambda a, b: a.unflatten(0, (2, 4))},
+    "transposed": {"t": lambda a, b: a.t(), "transpose": lambda a, b: a.transpose(0, 1)},
+    "squeeze": {"unsqueeze": lambda a, b: a.unsqueeze(0), "squeeze": lambda a, b: torch.squeeze(a, 0)},
+    "dropped": {"dropout": lambda a, b: F.dropout(a, 0.5, False)},
+    "contiguous": {"contiguous": lambda a, b: a.contiguous()},
+    "same": {"to": lambda a, b: a.to(torch.float32)},
+    "detach": {"detach": lambda a, b: a.detach()},
 }
 WRITES: Dict[str, Chain] = {
-    "add_": (("add_", lambda a, b: a.add_(1)),),
-    "copy_": (("copy_", lambda a, b: a.copy_(b)),),
-    "relu_": (("relu_", lambda a, b: torch.relu_(a)),),
-    "inplace": (("relu", lambda a, b: F.relu(a, inplace=True)),),
-    "position": (("hardtanh", lambda a, b: F.hardtanh(a, -0.1, 0.1, True)),),
-    "column": (("getitem", lambda a, b: a[:, 0]), ("fill_", lambda a, b: a.fill_(7))),
-    "flat": (("view", lambda a, b: a.view(-1)), ("mul_", lambda a, b: a.mul_(3))),
-    "data": (("getattr", lambda a, b: a.data), ("sub_", lambda a, b: a.sub_(1))),
-    "out": (("neg", lambda a, b: torch.neg(b, out=a)),),
+    "add_": {"add_": lambda a, b: a.add_(1)},
+    "copy_": {"copy_": lambda a, b: a.copy_(b)},
+    "relu_": {"relu_": lambda a, b: torch.relu_(a)},
+    "inplace": {"relu": lambda a, b: F.relu(a, inplace=True)},
+    "position": {"hardtanh": lambda a, b: F.hardtanh(a, -0.1, 0.1, True)},
+    "column": {"getitem": lambda a, b: a[:, 0], "fill_": lambda a, b: a.fill_(7)},
+    "flat": {"view": lambda a, b: a.view(-1), "mul_": lambda a, b: a.mul_(3)},
+    "data": {"getattr": lambda a, b: a.data, "sub_": lambda a, b: a.sub_(1)},
+    "out": {"neg": lambda a, b: torch.neg(b, out=a)},
 }
 OPERATIONS = {**PURE, **VIEWS, **WRITES}
 BLOCKS: Dict[str, Callable[[], Any]] = {
@@ -170,6 +170,11 @@ class Entry(NamedTuple):
         return not isinstance(self.module, (Built, nn.Sequential))
 
 
+def pick(values: List[Any], operand: int) -> Any:
+    """Counted from the newest."""
+    return values[-1 - operand % len(values)]
+
+
 class Built(nn.Module):
     """What is built of a plan."""
 
@@ -183,7 +188,7 @@ class Built(nn.Module):
         values = [x]
         self._take(self._plan.steps, values)
         kind, operand = self._plan.returns
-        pair = values[-1 - operand % len(values)], values[0]
+        pair = pick(values, operand), values[0]
         if kind == "one":
             return pair[0]
         return {"tuple": pair, "list": list(pair), "dict": dict(zip("ab", pair)), "named": Named(*pair)}[kind]
@@ -201,8 +206,8 @@ class Built(nn.Module):
         return value
 
     def _step_apply(self, values: List[Any], operation: str, first: int, second: int, assigned: bool) -> None:
-        value, other = values[-1 - first % len(values)], values[-1 - second % len(values)]
-        for own, function in OPERATIONS[operation]:
+        value, other = pick(values, first), pick(values, second)
+        for own, function in OPERATIONS[operation].items():
             value = self._note(own, function(value, other))
         if assigned and operation not in ("column", "flat"):
             values.append(value)
@@ -211,7 +216,7 @@ class Built(nn.Module):
         if not self._plan.members:
             return
         name, plan = self._plan.members[number % len(self._plan.members)]
-        value = values[-1 - operand % len(values)]
+        value = pick(values, operand)
         if plan == "parameter":
             values.append(self._note("mul", value * self._parameters[name]))
         elif plan in ("buffer", "unsaved"):
@@ -233,20 +238,21 @@ class Built(nn.Module):
 
     def _step_update(self, values: List[Any], number: int, operand: int) -> None:
         """Write into a buffer; what is written must come from the input, else torch.fx does not see it."""
-        names = [name for name, plan in self._plan.members if plan in ("buffer", "unsaved")]
-        if names:
-            mean = self._note("mean", values[-1 - operand % len(values)].mean(0))
-            self._note("add_", self._buffers[names[number % len(names)]].add_(self._note("detach", mean.detach())))
+        if self._buffers:
+            mean = self._note("mean", pick(values, operand).mean(0))
+            detached = self._note("detach", mean.detach())
+            self._note("add_", pick(list(self._buffers.values()), number).add_(detached))
 
     def _step_split(self, values: List[Any], operand: int) -> None:
-        parts = self._note("chunk", values[-1 - operand % len(values)].chunk(2, 1))
+        parts = self._note("chunk", pick(values, operand).chunk(2, 1))
         halves = [self._note("getitem", parts[1]), self._note("getitem", parts[0])]
         values.append(self._note("cat", torch.cat(halves, dim=1)))
 
     def _step_check(self, values: List[Any], operand: int) -> None:
-        shape = self._note("getattr", values[-1 - operand % len(values)].shape)
+        shape = self._note("getattr", pick(values, operand).shape)
         rows = self._note("getitem", shape[0])
-        self._note("_assert", torch._assert(self._note("eq", rows == 2), "two rows"))
+        holds = self._note("eq", rows == 2)
+        self._note("_assert", torch._assert(holds, "two rows"))
 
     def _step_block(self, values: List[Any], kind: str, steps: Tuple[Any, ...]) -> None:
         before = len(values)
@@ -256,22 +262,21 @@ class Built(nn.Module):
             values[before:] = [value.float() for value in values[before:]]
 
     def _step_draw(self, values: List[Any], operand: int) -> None:
-        values.append(values[-1 - operand % len(values)] + Dice.draw())
+        values.append(pick(values, operand) + Dice.draw())
 
     def _step_chance(self, values: List[Any], steps: Tuple[Any, ...]) -> None:
         if Dice.draw()[0] < 0.5:
             self._take(steps, values)
 
     def _step_compute(self, values: List[Any], number: int, operand: int) -> None:
-        values.append(values[-1 - operand % len(values)] * self._buffer(number).sqrt())
+        values.append(pick(values, operand) * self._buffer(number).sqrt())
 
     def _step_number(self, values: List[Any], number: int, operand: int) -> None:
-        values.append(values[-1 - operand % len(values)] * self._buffer(number).mean().item())
+        values.append(pick(values, operand) * self._buffer(number).mean().item())
 
     def _buffer(self, number: int) -> Any:
         """As a forward gets it: by its attribute."""
-        names = [name for name, plan in self._plan.members if plan in ("buffer", "unsaved")]
-        return getattr(self, names[number % len(names)]) if names else torch.ones(4)
+        return getattr(self, pick(list(self._buffers), number)) if self._buffers else torch.ones(4)
 
     def _step_touch(self, values: List[Any]) -> None:
         """What a careless forward does to itself."""
@@ -419,49 +424,70 @@ PLAIN_NAMES = st.sampled_from(PLAIN)
 NAMES = st.one_of(PLAIN_NAMES, st.sampled_from(HOSTILE), st.text(max_size=4)).filter(is_possible)
 
 
-def operands() -> st.SearchStrategy[int]:
-    return st.integers(0, 3)
+OPERANDS = st.integers(0, 3)
 
 
-def steps(depth: int = 1, failing: bool = False, losing: bool = False) -> st.SearchStrategy[Tuple[Any, ...]]:
-    numbers, choices = operands(), st.booleans()
-    use = st.tuples(st.just("use"), numbers, numbers, choices)
+def tuples_of(items: st.SearchStrategy[Any], least: int, most: int) -> st.SearchStrategy[Tuple[Any, ...]]:
+    return st.lists(items, min_size=least, max_size=most).map(tuple)
 
-    def apply(operations: Dict[str, Chain]) -> st.SearchStrategy[Tuple[Any, ...]]:
-        return st.tuples(st.just("apply"), st.sampled_from(sorted(operations)), numbers, numbers, choices)
 
-    if losing:  # and nothing in place: what a leaf writes into its input is not known
-        inner = st.lists(steps(depth - 1, losing=True), max_size=3).map(tuple) if depth else st.just(())
-        kinds = [use, apply(PURE), apply(VIEWS), st.tuples(st.just("mode"), inner, inner)]
-        kinds += [st.tuples(st.just(kind), numbers, numbers) for kind in ("compute", "number")]
-        kinds += [st.tuples(st.just("draw"), numbers), st.tuples(st.just("chance"), inner)]
-        kinds.append(st.tuples(st.just("block"), st.sampled_from(sorted(BLOCKS)), inner))
-        return st.one_of(kinds)
-    kinds = [use, apply(PURE), use, apply(WRITES), apply(VIEWS)]
-    kinds.append(st.tuples(st.just("split"), numbers))
-    kinds.append(st.tuples(st.just("check"), numbers))
-    kinds.append(st.tuples(st.just("update"), numbers, numbers))
+def step(kind: str, *arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[Tuple[Any, ...]]:
+    return st.tuples(st.just(kind), *arguments)
+
+
+def apply(operations: Dict[str, Chain]) -> st.SearchStrategy[Tuple[Any, ...]]:
+    return step("apply", st.sampled_from(sorted(operations)), OPERANDS, OPERANDS, st.booleans())
+
+
+USE = step("use", OPERANDS, OPERANDS, st.booleans())
+
+
+def steps(depth: int = 1, failing: bool = False) -> st.SearchStrategy[Tuple[Any, ...]]:
+    kinds = [USE, apply(PURE), USE, apply(WRITES), apply(VIEWS)]
+    kinds.append(step("split", OPERANDS))
+    kinds.append(step("check", OPERANDS))
+    kinds.append(step("update", OPERANDS, OPERANDS))
     if depth:
-        branch = st.lists(steps(0), max_size=3).map(tuple)
-        kinds.append(st.tuples(st.just("mode"), branch, branch))
+        branch = tuples_of(steps(0), 0, 3)
+        kinds.append(step("mode", branch, branch))
     if failing:
-        kinds.append(st.just(("touch",)))
-        kinds.append(st.tuples(st.just("fail"), st.sampled_from(["branch", "assign", "raise"])))
+        kinds.append(step("touch"))
+        kinds.append(step("fail", st.sampled_from(["branch", "assign", "raise"])))
     return st.one_of(kinds)
 
 
+def losing_steps(depth: int = 1) -> st.SearchStrategy[Tuple[Any, ...]]:
+    """Nothing in place: what a leaf writes into its input is not known."""
+    inner = tuples_of(losing_steps(depth - 1), 0, 3) if depth else st.just(())
+    return st.one_of(
+        USE,
+        apply(PURE),
+        apply(VIEWS),
+        step("mode", inner, inner),
+        step("compute", OPERANDS, OPERANDS),
+        step("number", OPERANDS, OPERANDS),
+        step("draw", OPERANDS),
+        step("chance", inner),
+        step("block", st.sampled_from(sorted(BLOCKS)), inner),
+    )
+
+
 def members(depth: int, leaves: Tuple[str, ...], named: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    in_sequence = [leaf for leaf in leaves if leaf not in ("pair", "silent")]
     kinds: List[st.SearchStrategy[Any]] = [
         st.sampled_from(leaves),
         st.sampled_from(TENSORS),
         st.integers(0, 5),
-        st.lists(
-            st.sampled_from([leaf for leaf in leaves if leaf not in ("pair", "silent")]), min_size=1, max_size=3
-        ).map(tuple),
+        tuples_of(st.sampled_from(in_sequence), 1, 3),
     ]
     if depth:
         kinds.insert(1, plans(depth - 1, leaves, named))
     return st.one_of(kinds)
+
+
+def named_members(names: st.SearchStrategy[str], kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    pairs = st.tuples(names, kinds)
+    return st.lists(pairs, min_size=1, max_size=4, unique_by=operator.itemgetter(0)).map(tuple)
 
 
 def plans(
@@ -473,11 +499,9 @@ def plans(
     """Plans of up to depth + 1 nested modules; smaller and plainer ones come first."""
     return st.builds(
         Net,
-        st.lists(
-            st.tuples(named, members(depth, leaves, named)), min_size=1, max_size=4, unique_by=operator.itemgetter(0)
-        ).map(tuple),
-        st.lists(steps(failing=failing), min_size=2, max_size=8).map(tuple),
-        st.tuples(st.sampled_from(["one", "tuple", "list", "dict", "named"]), operands()),
+        named_members(named, members(depth, leaves, named)),
+        tuples_of(steps(failing=failing), 2, 8),
+        st.tuples(st.sampled_from(["one", "tuple", "list", "dict", "named"]), OPERANDS),
         st.sampled_from(["x", "scale", "shift"]),
     )
 
@@ -485,13 +509,12 @@ def plans(
 def losing_plans(depth: int = 2) -> st.SearchStrategy[Net]:
     """Plans of modules that do what tracing would leave out, or make a constant; each may become a leaf."""
     inside = [st.sampled_from(PURE_LEAVES), st.sampled_from(TENSORS), st.integers(0, 5)]
-    members = st.tuples(
-        PLAIN_NAMES.filter(is_possible), st.one_of([*inside, losing_plans(depth - 1)] if depth else inside)
-    )
+    if depth:
+        inside.append(losing_plans(depth - 1))
     return st.builds(
         Net,
-        st.lists(members, min_size=1, max_size=4, unique_by=operator.itemgetter(0)).map(tuple),
-        st.lists(steps(losing=True), min_size=2, max_size=6).map(tuple),
-        st.tuples(st.just("one"), operands()),
+        named_members(PLAIN_NAMES.filter(is_possible), st.one_of(inside)),
+        tuples_of(losing_steps(), 2, 6),
+        step("one", OPERANDS),
         st.just("x"),
     )

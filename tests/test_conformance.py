@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
+import operator
 import random
 import re
 import shutil
@@ -15,18 +15,30 @@ from typing import Any, Iterator, Mapping
 import jsonschema
 import pytest
 import torch
-from torch import equal, fx, nn
+from torch import equal, fx
 
 from tests import featx, nets
 from tests.conformance import generate, real, slow
 from tests.helpers import (
+    ROOT,
+    extract_quietly,
     feature_extraction,
+    given_names,
     ignored_warnings,
+    operation,
+    overwritten,
     parametrize,
+    prune,
+    queries_by_mode,
+    recording,
+    run,
+    select,
+    staying,
+    suggestions,
 )
 from tests.nets import build
 
-FOLDER = Path(__file__).parent / "conformance"
+FOLDER = ROOT / "tests" / "conformance"
 ZOO = sorted(path.stem for path in (FOLDER / "zoo").glob("*.json"))
 MODES = ("train", "eval")
 ERRORS = {"AttributeError": AttributeError, "ValueError": ValueError, "re.error": re.error}
@@ -52,9 +64,9 @@ def same_pairs(answer: Any, expected: Any) -> bool:
     """Equal results; the order of queries that mean one node is not laid down."""
     for mode in MODES:
         pairs, wanted = answer[mode], expected[mode]
-        if [pair[1] for pair in pairs] != [pair[1] for pair in wanted] or sorted(map(str, pairs)) != sorted(
-            map(str, wanted)
-        ):
+        if [position for _, position in pairs] != [position for _, position in wanted]:
+            return False
+        if sorted(map(str, pairs)) != sorted(map(str, wanted)):
             return False
     return True
 
@@ -72,35 +84,41 @@ def flagged(vector: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
 # --- form ---
 
 
+def validator_of(name: str) -> Any:
+    path = (FOLDER / name).parent / load(name)["$schema"]
+    return jsonschema.Draft202012Validator(json.loads(path.read_text(encoding="utf-8")))
+
+
 @parametrize("name", ["naming", "selection", "pruning", *(f"zoo/{model}" for model in ZOO)])
 def test_a_file_follows_its_schema(name: str) -> None:
     document = load(name)
-    schema = json.loads((FOLDER / name).parent.joinpath(document["$schema"]).read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(document)
+    validator = validator_of(name)
+    validator.check_schema(validator.schema)
+    validator.validate(document)
 
 
 def objects(value: Any) -> Iterator[dict[str, Any]]:
     """The objects in a document; those of a caller's queries may have any keys."""
-    if isinstance(value, dict):
-        yield value
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if not str(key).endswith("return_nodes"):
+    if isinstance(value, list):
+        for item in value:
             yield from objects(item)
+    elif isinstance(value, dict):
+        yield value
+        for key, item in value.items():
+            if not key.endswith("return_nodes"):
+                yield from objects(item)
 
 
 @parametrize("name", ["naming", "selection", "pruning", "zoo/alexnet"])
 def test_a_schema_admits_nothing_else(name: str) -> None:
     document = load(name)
-    schema = json.loads((FOLDER / name).parent.joinpath(document["$schema"]).read_text(encoding="utf-8"))
-    validator = jsonschema.Draft202012Validator(schema)
+    validator = validator_of(name)
     del document.get("vectors", [])[8:]
     for part in objects(document):
         part["more"] = 1
         assert not validator.is_valid(document), part
         del part["more"]
-        optional = {"torchvision"}
-        for key in set(part) - optional:
+        for key in set(part) - {"torchvision"}:  # which is optional
             value = part.pop(key)
             assert not validator.is_valid(document), key
             part[key] = {"of": "another kind"}
@@ -114,8 +132,9 @@ def test_vectors_are_counted_and_have_ids_of_their_own(name: str) -> None:
     document = load(name)
     ids = [vector["id"] for vector in document["vectors"]]
     assert len(set(ids)) == len(ids) == document["count"]
-    for text in (vector[part] for vector in document["vectors"] for part in ("comment", "reason")):
-        assert re.fullmatch(r"\S.*\S\.", text), "a sentence"
+    for vector in document["vectors"]:
+        for part in ("comment", "reason"):
+            assert re.fullmatch(r"\S.*\S\.", vector[part]), "a sentence"
 
 
 @parametrize("name", ZOO)
@@ -128,11 +147,15 @@ def test_nodes_of_the_zoo_are_counted(name: str) -> None:
     assert document["eval"] != document["train"]
 
 
+def readme(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_differences_are_rows_of_both_readmes() -> None:
-    texts = [(folder / "README.md").read_text(encoding="utf-8") for folder in (FOLDER.parent.parent, FOLDER)]
-    rows, explained = (re.findall(r"^\| (D\d\d) \|", text, re.MULTILINE) for text in texts)
-    vectors = [vector for name in ("naming", "selection", "pruning") for vector in load(name)["vectors"]]
-    used = {vector["torchvision"]["difference"] for vector in vectors if "torchvision" in vector}
+    rows, explained = (re.findall(r"^\| (D\d\d) \|", readme(folder), re.MULTILINE) for folder in (ROOT, FOLDER))
+    used = set()
+    for name in ("naming", "selection", "pruning"):
+        used |= {vector.get("torchvision", {}).get("difference") for vector in load(name)["vectors"]}
     assert explained == sorted(used - {None})
     assert set(explained) <= set(rows)
 
@@ -149,8 +172,7 @@ def calls_of(vector: Mapping[str, Any]) -> list[slow.Call]:
 @each("naming")
 def test_naming(vector: dict[str, Any]) -> None:
     paths, calls = vector.get("paths", []), calls_of(vector)
-    namer = featx._Namer(paths)
-    assert [namer.name(*call) for call in calls] == vector["names"]
+    assert given_names(calls, paths) == vector["names"]
     assert (slow.exact_names(paths, calls) if paths else slow.names(calls)) == vector["names"]
     assert len(set(vector["names"])) == len(calls)
 
@@ -198,16 +220,18 @@ def by_functions(vector: Mapping[str, Any]) -> dict[str, Any]:
     """featx's answer by its functions over strings."""
     found = {}
     try:
-        queries = featx._queries_by_mode(*map(vector.get, ARGUMENTS))
+        asked = queries_by_mode(*map(vector.get, ARGUMENTS))
     except ValueError:
         return {"error": {"kind": "two-queries-one-key"}}
     for mode, names in by_mode(vector["names"]).items():
-        positions = {"output": len(names), **featx._select(names, queries[mode])}
-        for query in queries[mode]:
+        positions = {"output": len(names), **select(names, asked[mode])}
+        pairs = []
+        for query, key in asked[mode].items():
             if query not in positions:
-                return {"error": no_match(query, mode, featx._suggestions(names, query))}
-        pairs = sorted(((positions[query], key) for query, key in queries[mode].items()), key=lambda pair: pair[0])
-        found[mode] = [[key, "output" if position == len(names) else position] for position, key in pairs]
+                return {"error": no_match(query, mode, suggestions(names, query))}
+            pairs.append([key, positions[query]])
+        pairs.sort(key=operator.itemgetter(1))
+        found[mode] = [[key, "output" if position == len(names) else position] for key, position in pairs]
     return {"result": found}
 
 
@@ -217,16 +241,16 @@ def no_match(query: str, mode: str, suggestions: list[str]) -> dict[str, Any]:
 
 def by_the_slow_way(vector: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
-    queries: dict[str, dict[str, str]] = {}
-    for mode in MODES:
-        asked = vector["return_nodes"] if "return_nodes" in vector else vector[f"{mode}_return_nodes"]
-        asked = [asked] if isinstance(asked, str) else asked
-        queries[mode] = asked if isinstance(asked, dict) else {query: query for query in asked}
-        if len(set(queries[mode].values())) < len(queries[mode]):
-            return {"error": {"kind": "two-queries-one-key"}}
     for mode, names in by_mode(vector["names"]).items():
+        asked = vector["return_nodes"] if "return_nodes" in vector else vector[f"{mode}_return_nodes"]
+        if isinstance(asked, str):
+            asked = [asked]
+        if not isinstance(asked, dict):
+            asked = {query: query for query in asked}
         try:
-            found[mode] = slow.select(names, queries[mode])
+            found[mode] = slow.select(names, asked)
+        except slow.TwoQueriesOneKey:
+            return {"error": {"kind": "two-queries-one-key"}}
         except slow.NoMatch as error:
             return {"error": no_match(error.query, mode, error.suggestions)}
     return {"result": found}
@@ -246,11 +270,11 @@ def test_suggestions_for_drawn_names(rng: random.Random) -> None:
     for _ in range(500):
         names, query = [draw() for _ in range(6)], draw()
         found += len(slow.suggestions(names, query))
-        assert featx._suggestions(names, query) == slow.suggestions(names, query), (names, query)
+        assert suggestions(names, query) == slow.suggestions(names, query), (names, query)
     assert found > 100
 
 
-def extract(library: Any, vector: Mapping[str, Any]) -> dict[str, Any]:
+def answer_of(library: Any, vector: Mapping[str, Any]) -> dict[str, Any]:
     """A library's answer by its public function, on a real model that has the names."""
     names = by_mode(vector["names"])
     model, kwargs = real.Chain(names), {"leaf_modules": [real.Leaf]}
@@ -262,7 +286,9 @@ def extract(library: Any, vector: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for mode in MODES:
         values = extractor.train(mode == "train")(torch.zeros(()))
-        found[mode] = [[key, "output" if isinstance(value, tuple) else int(value)] for key, value in values.items()]
+        found[mode] = []
+        for key, value in values.items():
+            found[mode].append([key, "output" if isinstance(value, tuple) else int(value)])
     return {"result": found}
 
 
@@ -279,13 +305,13 @@ def test_all_vectors_but_two_have_a_model() -> None:
 def test_selection_on_a_model(vector: dict[str, Any]) -> None:
     expected = own_answer(vector)
     if "result" in expected:
-        assert same_pairs(extract(featx, vector)["result"], expected["result"])
+        assert same_pairs(answer_of(featx, vector)["result"], expected["result"])
     elif expected["error"]["kind"] == "two-queries-one-key":
         with pytest.raises(ValueError, match="under the key"):
-            extract(featx, vector)
+            answer_of(featx, vector)
     else:
         with pytest.raises(featx.NodeNameError, match="no node of the") as raised:
-            extract(featx, vector)
+            answer_of(featx, vector)
         error = raised.value
         assert no_match(error.query, error.mode, error.suggestions) == expected["error"]
 
@@ -297,7 +323,7 @@ def test_selection_by_torchvision(vector: dict[str, Any]) -> None:
     if "result" in marked:
         vector = {**vector, "torchvision": {**marked, "result": by_mode(marked["result"])}}
     try:
-        answer = extract(theirs, vector)
+        answer = answer_of(theirs, vector)
     except Exception as error:
         is_no_match = type(error) is ValueError and "is not present in model" in str(error)
         if is_no_match and vector.get("error", {}).get("kind") == "no-match":
@@ -312,27 +338,34 @@ def test_selection_by_torchvision(vector: dict[str, Any]) -> None:
 
 
 def operations_of(vector: Mapping[str, Any]) -> list[Any]:
-    return [
-        featx._Operation(*(tuple(node[part]) for part in ("inputs", "writes", "views")), kind=node["kind"])
-        for node in vector["nodes"]
-    ]
+    operations = []
+    for node in vector["nodes"]:
+        writes, views = tuple(node["writes"]), tuple(node["views"])
+        operations.append(operation(*node["inputs"], writes=writes, views=views, kind=node["kind"]))
+    return operations
 
 
 def reads_of(vector: Mapping[str, Any]) -> list[tuple[int, int]]:
     """What is asked for, with the position after which it is taken."""
-    return [(at, at) for at in vector["requested"]] if "requested" in vector else [tuple(r) for r in vector["reads"]]
+    if "requested" in vector:
+        return [(at, at) for at in vector["requested"]]
+    return [tuple(read) for read in vector["reads"]]
 
 
 @each("pruning")
 def test_pruning(vector: dict[str, Any]) -> None:
     requested = vector.get("requested", [])
     reads = [] if requested else reads_of(vector)
-    operations, program = operations_of(vector), [slow.Node(**node) for node in vector["nodes"]]
+    operations, program = operations_of(vector), program_of(vector)
     expected = {(entry["position"], entry["after"]): entry["by"] for entry in vector["overwritten"]}
-    assert featx._staying(operations, requested, reads) == vector["stays"]
-    assert featx._overwritten(operations, vector["stays"], reads_of(vector)) == expected
+    assert staying(operations, requested, reads) == vector["stays"]
+    assert overwritten(operations, vector["stays"], reads_of(vector)) == expected
     assert slow.staying(program, requested, reads) == vector["stays"]
     assert slow.overwritten(program, vector["stays"], reads_of(vector)) == expected
+
+
+def program_of(vector: Mapping[str, Any]) -> list[slow.Node]:
+    return [slow.Node(**node) for node in vector["nodes"]]
 
 
 PLAIN_ONLY = ["write-that-returns-something-fresh", "value-beside-a-write", "write-into-two-values"]
@@ -363,12 +396,9 @@ def cut(vector: Mapping[str, Any]) -> tuple[fx.GraphModule, list[int], list[torc
     reads = reads_of(vector)
     if all(at == after for at, after in reads):
         queries = {tracer.names[at]: str(number) for number, (at, _) in enumerate(reads)}
-        with ignored_warnings():  # of what is overwritten
-            extractor = extract(model.eval(), queries, exact="reads" in vector)
+        extractor = extract_quietly(model.eval(), queries, exact="reads" in vector)
         return extractor, places(extractor.eval_graph, traced), arguments
-    nodes, numbers = list(tracer.graph.nodes), map(str, range(len(reads)))
-    features = {number: featx._Feature(nodes[at], nodes[after]) for number, (at, after) in zip(numbers, reads)}
-    featx._prune(tracer, features, dict(zip(features, features)))
+    prune(tracer, reads)
     return fx.GraphModule(model, tracer.graph), places(tracer.graph, traced), arguments
 
 
@@ -379,15 +409,15 @@ def test_pruning_by_execution(vector: dict[str, Any]) -> None:
     assert stays == vector["stays"]
     values = extractor(*arguments)
     seen = real.snapshots(vector["nodes"])
-    overwritten = [(entry["position"], entry["after"]) for entry in vector["overwritten"]]
+    changed = [(entry["position"], entry["after"]) for entry in vector["overwritten"]]
     surely = all(len(node["views"]) < 2 for node in vector["nodes"])
     assert len(values) == len(reads_of(vector))
     for number, read in enumerate(reads_of(vector)):
-        equal = equal(values[str(number)], seen[read])
-        if "reads" in vector or read not in overwritten:
-            assert equal, read
+        is_same = equal(values[str(number)], seen[read])
+        if "reads" in vector or read not in changed:
+            assert is_same, read
         elif surely:
-            assert not equal, read
+            assert not is_same, read
 
 
 @each("pruning", where=lambda vector: has_program(vector) and "requested" in vector)
@@ -403,19 +433,17 @@ def test_pruning_by_torchvision(vector: dict[str, Any]) -> None:
 def test_pruning_of_drawn_programs(rng: random.Random) -> None:
     for _ in range(300):
         vector = drawn_program(rng)
-        operations, program = operations_of(vector), [slow.Node(**node) for node in vector["nodes"]]
+        operations, program = operations_of(vector), program_of(vector)
         size = len(program)
         requested = rng.sample(range(size), rng.randrange(min(size, 3) + 1))
         starts = [rng.randrange(size) for _ in range(rng.randrange(3))]
         reads = [(start, rng.randrange(start, size)) for start in starts]
+        pairs = [*reads, *zip(requested, requested)]
         for asked in ((requested, []), ([], reads), (requested, reads)):
+            print(vector, asked)
             stays = slow.staying(program, *asked)
-            assert featx._staying(operations, *asked) == stays, (vector, asked)
-            pairs = [*reads, *zip(requested, requested)]
-            assert featx._overwritten(operations, stays, pairs) == slow.overwritten(program, stays, pairs), (
-                vector,
-                asked,
-            )
+            assert staying(operations, *asked) == stays
+            assert overwritten(operations, stays, pairs) == slow.overwritten(program, stays, pairs)
 
 
 def drawn_program(rng: random.Random) -> dict[str, Any]:
@@ -456,13 +484,8 @@ def test_every_model_that_can_be_traced_has_a_file() -> None:
 
 def test_all_files_are_of_one_origin_which_the_readme_says() -> None:
     (origin,) = {tuple(load(f"zoo/{name}")["made_by"].values()) for name in ZOO}
-    text = " ".join((FOLDER / "README.md").read_text(encoding="utf-8").split())
+    text = " ".join(readme(FOLDER).split())
     assert "all files are of featx {}, torch {} and torchvision {}".format(*origin) in text
-
-
-def note(seen: dict[str, Any], path: str, module: nn.Module, arguments: Any, value: Any) -> None:
-    """A hook that keeps the shape of what the first call returned."""
-    seen.setdefault(path, generate.shape(value))
 
 
 @pytest.mark.zoo
@@ -473,18 +496,12 @@ def test_shapes_are_those_of_eager_execution(name: str) -> None:
     model, document = build(name), load(f"zoo/{name}")
     x = torch.rand(document["input"]["shape"], generator=torch.Generator().manual_seed(0))
     for mode in MODES:
-        seen: dict[str, Any] = {}
-        hooks = [
-            module.register_forward_hook(functools.partial(note, seen, path))
-            for path, module in model.train(mode == "train").named_modules()
-        ]
-        with torch.no_grad():
-            model(x)
-        for hook in hooks:
-            hook.remove()
+        with recording(model.train(mode == "train"), generate.shape) as calls:
+            run(model, x)
+        first_calls = dict(reversed(calls))
         called = {row[2]: row[3] for row in reversed(generate.rows_of(document, mode)) if row[1] == "call_module"}
         assert len(called) > 20
-        assert {path: seen[path] for path in called} == called
+        assert {path: first_calls[path] for path in called} == called
 
 
 # --- the generator ---

@@ -10,7 +10,7 @@ import re
 import shutil
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NamedTuple
+from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ ZOO = {
     "swin_t": ["features.0", "features.1.1", "features.3"],
 }
 Extract = Callable[..., nn.Module]
-Values = dict[str, torch.Tensor]
+Values = Dict[str, torch.Tensor]
 
 
 @pytest.fixture(params=OPTIONS, ids=str)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import pickle
+import itertools
 import random
 import re
 import sys
-import warnings
 from typing import Any, Callable, Sequence
 
 import pytest
@@ -18,22 +17,25 @@ from hypothesis import strategies as st
 from torch import equal, nn
 
 from tests import featx
-from tests.conformance.slow import exact_names as slow_exact_names
-from tests.conformance.slow import is_form
-from tests.conformance.slow import names as slow_names
+from tests.conformance import slow
 from tests.helpers import (
-    by_torch_save,
+    COPIES,
+    as_it_is,
+    extract,
+    extract_quietly,
     feature_extraction,
     heard,
     ignored_warnings,
+    in_its_mode,
     node_names,
     parametrize,
-    picture,
+    recording,
     same,
     snapshot,
     tensors,
+    texts,
+    untouched,
 )
-from tests.nets import build
 from tests.strategies import (
     CUTTING,
     LEAF_CLASSES,
@@ -65,14 +67,13 @@ def names_of(model: nn.Module, exact: bool) -> tuple[list[str], list[str]]:
     return node_names(model, KWARGS, exact=exact)
 
 
-def extract(model: Built, queries: Any, training: bool, **options: Any) -> nn.Module:
+def extract_in(model: Built, queries: Any, training: bool, **options: Any) -> nn.Module:
     """An extractor for one mode, in that mode; what it warns of is another test's."""
-    both = [queries, []] if training else [[], queries]
-    with ignored_warnings():
-        return extract(model, None, *both, KWARGS, True, **options).train(training)
+    asked = in_its_mode(model.train(training), queries)
+    return extract_quietly(model, *asked, tracer_kwargs=KWARGS, **options)
 
 
-def run(extractor: nn.Module, training: bool) -> dict[str, Any]:
+def values_of(extractor: nn.Module, training: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     with training_mode(extractor, training), torch.no_grad():
         try:
@@ -86,12 +87,12 @@ def eager(plan: Net, training: bool) -> Record:
         return record(build(plan), training)
 
 
-def slow(plan: Net, log: Sequence[Entry], exact: bool) -> list[str]:
+def slow_names_of(plan: Net, log: Sequence[Entry], exact: bool) -> list[str]:
     """The names of all entries, by the slow implementations."""
     calls = [(entry.scope, entry.own) for entry in log]
     if not exact:
-        return slow_names([call for call, entry in zip(calls, log) if entry.is_node])
-    return slow_exact_names([path for path, _ in build(plan).named_modules(remove_duplicate=False) if path], calls)
+        return slow.names([call for call, entry in zip(calls, log) if entry.is_node])
+    return slow.exact_names([path for path, _ in build(plan).named_modules(remove_duplicate=False) if path], calls)
 
 
 # What hypothesis found.
@@ -112,7 +113,7 @@ def test_names_are_distinct_and_those_of_the_slow_implementation(plan: Net, exac
     for training, names in zip(MODES, names_of(model, exact)):
         assert len(set(names)) == len(names)
         log = eager(plan, training).entries
-        expected = slow(plan, log, exact)
+        expected = slow_names_of(plan, log, exact)
         assert names == ([name for name, entry in zip(expected, log) if entry.is_node] if exact else expected)
     assert names_of(copy.deepcopy(model), exact) == names_of(model, exact)
 
@@ -120,14 +121,14 @@ def test_names_are_distinct_and_those_of_the_slow_implementation(plan: Net, exac
 @given(plans())
 @example(A_NAME_WITH_A_NEWLINE)
 def test_names_are_torchvisions_wherever_these_are_distinct(plan: Net) -> None:
-    feature_extraction = feature_extraction()
+    theirs = feature_extraction()
     try:
         with ignored_warnings():
-            theirs = feature_extraction.get_graph_node_names(build(plan), {"leaf_modules": list(LEAF_CLASSES)})
+            named = theirs.get_graph_node_names(build(plan), {"leaf_modules": list(LEAF_CLASSES)})
     except (IndexError, ValueError, RuntimeError, re.error) as error:  # where its own naming fails
         event(f"torchvision: {type(error).__name__}")
         return
-    for their_names, our_names in zip(theirs, names_of(build(plan), exact=False)):
+    for their_names, our_names in zip(named, names_of(build(plan), exact=False)):
         if len(set(their_names)) == len(their_names) and not is_misread(their_names):
             assert our_names == their_names
 
@@ -137,7 +138,10 @@ def is_misread(names: list[str]) -> bool:
     stems = {re.sub(r"_[0-9]+$", "", name, flags=re.ASCII) for name in names}
     if any("\n" in name for name in names):  # of which it removes no number, since its dot matches no newline
         return True
-    return any(bool(re.match(rf"{stem}(_[0-9]+)?$", name)) != is_form(name, stem) for stem in stems for name in names)
+    for stem, name in itertools.product(stems, names):
+        if bool(re.match(rf"{stem}(_[0-9]+)?$", name)) != slow.is_form(name, stem):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------ values
@@ -146,7 +150,7 @@ def is_misread(names: list[str]) -> bool:
 def expected_exact(plan: Net, training: bool) -> dict[str, Any]:
     """All features and what they should be, in execution order."""
     entries, output = eager(plan, training)
-    found = dict(zip(slow(plan, entries, exact=True), (entry.value for entry in entries)))
+    found = dict(zip(slow_names_of(plan, entries, exact=True), (entry.value for entry in entries)))
     return {**found, "output": found.get("output", output)}
 
 
@@ -161,9 +165,9 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
     expected = expected_exact(plan, training)
     queries, model = random.Random(seed).sample(list(expected), len(expected)), build(plan)
-    assert_same(run(extract(model, queries, training, exact=True), training), expected)
+    assert_same(values_of(extract_in(model, queries, training, exact=True), training), expected)
     for query, value in expected.items():
-        assert_same(run(extract(model, query, training, exact=True), training), {query: value})
+        assert_same(values_of(extract_in(model, query, training, exact=True), training), {query: value})
 
 
 @given(plans(), st.booleans())
@@ -171,21 +175,21 @@ def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, 
 def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> None:
     model, (entries, output) = build(plan), eager(plan, training)
     entries = [entry for entry in entries if entry.is_node]
-    names = slow(plan, entries, exact=False)
+    names = slow_names_of(plan, entries, exact=False)
     expected = {name: output if name == "output" else None for name in [*names, "output"]}
     for query in expected:
         for name, entry in zip(names, entries):
             if name == query or name.startswith(query + "."):
                 expected[query] = entry.value
     for query, value in expected.items():
-        assert_same(run(extract(model, [query], training), training), {query: value})
-    asked = [list(expected), []] if training else [[], list(expected)]
+        assert_same(values_of(extract_in(model, [query], training), training), {query: value})
     with heard() as caught:
-        extractor = extract(model, None, *asked, KWARGS)
-    together = run(extractor.train(training), training)
-    said = [text for text in (str(warning.message) for warning in caught) if text.startswith("the feature ")]
+        extractor = extract(model, *in_its_mode(model, list(expected)), tracer_kwargs=KWARGS)
+    together = values_of(extractor, training)
+    said = [text for text in texts(caught) if text.startswith("the feature ")]
+    overwritten = [text for text in said if "overwritten" in text]
     for query, value in expected.items():
-        warned = any(message.startswith(f"the feature {query!r} ") and "overwritten" in message for message in said)
+        warned = any(text.startswith(f"the feature {query!r} ") for text in overwritten)
         assert warned or same(together[query], value), query
     assert len(said) == len(set(said))
 
@@ -208,11 +212,10 @@ def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, pic
     queries, last = chosen(plan, training, picks)
     model, entries = build(plan), eager(plan, training).entries
     before = [entry.scope for entry in entries[: last + 1] if entry.module is not None and entry.is_node]
-    extractor, called = extract(model, list(queries), training, exact=True), []
-    for path, module in model.named_modules():
-        if not isinstance(module, (Built, nn.Sequential)):
-            module.register_forward_hook(lambda module, args, value, path=path: called.append(path))
-    run(extractor, training)
+    extractor = extract_in(model, list(queries), training, exact=True)
+    with recording(model) as calls:
+        values_of(extractor, training)
+    called = [path for path, _ in calls if not isinstance(model.get_submodule(path), (Built, nn.Sequential))]
     remaining = iter(before)
     assert all(path in remaining for path in called), f"{called} is not a part of {before}"
 
@@ -231,12 +234,12 @@ def test_parameters_are_those_that_get_a_gradient(plan: Net, training: bool, pic
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         entries = record(model, training).entries
-        values = dict(zip(slow(plan, entries, exact=True), (entry.value for entry in entries)))
+        values = dict(zip(slow_names_of(plan, entries, exact=True), (entry.value for entry in entries)))
         expected = gradients([values[query] for query in queries], list(names))
     except RuntimeError:  # eager execution itself writes over what a gradient needs
         event("no gradients")
         assume(False)
-    extractor = extract(model, list(queries), training, exact=True)
+    extractor = extract_in(model, list(queries), training, exact=True)
     held = set(extractor.parameters())
     with training_mode(extractor, training):
         found = gradients(list(extractor(example_input()).values()), list(names))
@@ -274,13 +277,9 @@ def seen(model: nn.Module, value_of: Callable[[], Any]) -> list[Any]:
 
 def returned(model: nn.Module, path: str) -> torch.Tensor:
     """What the first call of a module returned; of none, what the model does."""
-    values: list[torch.Tensor] = []
-    hook = model.get_submodule(path).register_forward_hook(lambda module, inputs, output: values.append(output))
-    try:
+    with recording(model, as_it_is) as calls:
         model(example_input())
-        return values[0] if values else torch.empty(0)
-    finally:
-        hook.remove()
+    return next((value for called, value in calls if called == path), torch.empty(0))
 
 
 @given(losing_plans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 9))
@@ -294,22 +293,20 @@ def test_what_tracing_loses_is_right_refused_or_said(
     refused, losing = False, not LOST.isdisjoint(words_of(plan))
     with heard() as caught:
         try:
-            options = {"suppress_diff_warning": True, "exact": exact, "auto_leaf": auto_leaf}
-            extractor = extract(model, {path or "output": "value"}, **options).train(training)
+            extractor = extract(model, {path or "output": "value"}, exact=exact, auto_leaf=auto_leaf)
         except featx.NodeNameError:  # it is called in one mode only, or in none, or lies in a leaf
             event("no node")
             return
         except featx.UntraceableError:
             refused = True
-    said = [str(warning.message) for warning in caught if warning.category is featx.FeatureWarning]
+    said = texts(warning for warning in caught if warning.category is featx.FeatureWarning)
     event("refused" if refused else "said" if said else "right")
     assert not refused or (losing and exact and not auto_leaf)
     assert losing or not any("tracing" in message for message in said)
     assert not (said and exact)
     if not refused and not said:
-        assert same(
-            seen(model, lambda: extractor(example_input())["value"]), seen(model, lambda: returned(model, path))
-        )
+        expected = seen(model, lambda: returned(model, path))
+        assert same(seen(model, lambda: extractor(example_input())["value"]), expected)
 
 
 # ------------------------------------------------------------------------------- the caller's things
@@ -346,19 +343,13 @@ def test_nothing_is_changed_and_all_errors_are_documented(
     plan: Net, training: bool, asked: Any, concrete_args: Any, exact: bool, auto_leaf: bool
 ) -> None:
     model, kwargs = build(plan).train(training), {"leaf_modules": [*LEAF_CLASSES]}
-    options = {"exact": exact, "auto_leaf": auto_leaf, "concrete_args": concrete_args, "suppress_diff_warning": True}
-    before, filters, given_arguments = picture(model), list(warnings.filters), copy.deepcopy((asked, concrete_args))
-    with ignored_warnings():
-        ignoring = list(warnings.filters)
-        for function, arguments in (
-            (featx.get_graph_node_names, (model, kwargs)),
-            (featx.create_feature_extractor, (model, asked, None, None, kwargs)),
-        ):
-            with contextlib.suppress(DOCUMENTED):
-                function(*arguments, **options)
-            assert warnings.filters == ignoring
-    assert same({**picture(model), "filters": 0}, {**before, "filters": 0})
-    assert warnings.filters == filters
+    options = {"exact": exact, "auto_leaf": auto_leaf, "concrete_args": concrete_args}
+    given_arguments = copy.deepcopy((asked, concrete_args))
+    with ignored_warnings(), untouched(model):
+        with contextlib.suppress(DOCUMENTED):
+            node_names(model, kwargs, **options)
+        with contextlib.suppress(DOCUMENTED):
+            extract(model, asked, tracer_kwargs=kwargs, **options)
     assert kwargs == {"leaf_modules": [*LEAF_CLASSES]}
     assert same((asked, concrete_args), given_arguments)
 
@@ -374,21 +365,23 @@ def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> tuple[n
         queries = {mode: [*names, "output"] for mode, names in zip(MODES, names_of(model, False))}
     if only_tensors:
         for mode in MODES:
-            value = run(extract(model, queries[mode], mode, exact=exact), mode)
+            value = values_of(extract_in(model, queries[mode], mode, exact=exact), mode)
             queries[mode] = [query for query in queries[mode] if isinstance(value[query], torch.Tensor)]
     with ignored_warnings():
         extractor = extract(model, None, queries[True], queries[False], KWARGS, exact=exact)
-    return extractor, {mode: run(extractor, mode) for mode in MODES}
+    return extractor, {mode: values_of(extractor, mode) for mode in MODES}
 
 
 @given(plans(), st.booleans())
 def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact)
-    copies = [copy.deepcopy(extractor), copy.copy(extractor), by_torch_save(extractor)]
-    copies.append(pickle.loads(pickle.dumps(copy.deepcopy(copies[-1]))))
-    for copied in copies:
-        for mode in (False, True, False):
-            assert_same(run(copied, mode), expected[mode])
+    for copied in COPIES.values():
+        check_flips(copied(extractor), expected)
+
+
+def check_flips(extractor: nn.Module, expected: dict[bool, dict[str, Any]]) -> None:
+    for mode in (False, True, False):
+        assert_same(values_of(extractor, mode), expected[mode])
 
 
 SCRIPTABLE_PLANS = plans(leaves=SCRIPTABLE, named=PLAIN_NAMES)
@@ -398,9 +391,7 @@ SCRIPTABLE_PLANS = plans(leaves=SCRIPTABLE, named=PLAIN_NAMES)
 @given(SCRIPTABLE_PLANS, st.booleans())
 def test_a_scripted_extractor_gives_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact, only_tensors=True)
-    scripted = torch.jit.script(extractor)
-    for mode in (False, True, False):
-        assert_same(run(scripted, mode), expected[mode])
+    check_flips(torch.jit.script(extractor), expected)
 
 
 # That of 2.2 loses what is returned twice, that of 2.5 takes a buffer and an argument of one name for each other.
@@ -430,7 +421,7 @@ def test_an_exported_extractor_gives_the_same(plan: Net, training: bool, exact: 
 def test_all_that_a_plan_can_have_is_drawn(word: str) -> None:
     quick = settings(max_examples=2000, derandomize=True, database=None, phases=[Phase.generate])
     drawn = losing_plans() if word in LOST else plans(failing=True)
-    assert word in words_of(find(drawn, lambda plan: word in words_of(plan), settings=quick))
+    find(drawn, lambda plan: word in words_of(plan), settings=quick)
 
 
 @given(plans(), st.booleans())

@@ -12,7 +12,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch
 from torch import fx, nn
@@ -28,7 +28,7 @@ SAME = "same as train"
 NOT_HEADER = ("made_by", "count", "train", "eval")
 MOST = 12  # lines for each mode of a model
 
-Row = list[Any]
+Row = List[Any]
 
 
 def versions() -> dict[str, str]:
