@@ -239,18 +239,24 @@ def no_match(query: str, mode: str, suggestions: list[str]) -> dict[str, Any]:
     return {"kind": "no-match", "mode": mode, "query": query, "suggestions": suggestions}
 
 
-def by_the_slow_way(vector: Mapping[str, Any]) -> dict[str, Any]:
+def asked_by_mode(vector: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     found = {}
-    for mode, names in by_mode(vector["names"]).items():
+    for mode in MODES:
         asked = vector["return_nodes"] if "return_nodes" in vector else vector[f"{mode}_return_nodes"]
         if isinstance(asked, str):
             asked = [asked]
-        if not isinstance(asked, dict):
-            asked = {query: query for query in asked}
+        found[mode] = asked if isinstance(asked, dict) else {query: query for query in asked}
+    return found
+
+
+def by_the_slow_way(vector: Mapping[str, Any]) -> dict[str, Any]:
+    asked = asked_by_mode(vector)
+    if any(len(set(queries.values())) < len(queries) for queries in asked.values()):
+        return {"error": {"kind": "two-queries-one-key"}}
+    found = {}
+    for mode, names in by_mode(vector["names"]).items():
         try:
-            found[mode] = slow.select(names, asked)
-        except slow.TwoQueriesOneKey:
-            return {"error": {"kind": "two-queries-one-key"}}
+            found[mode] = slow.select(names, asked[mode])
         except slow.NoMatch as error:
             return {"error": no_match(error.query, mode, error.suggestions)}
     return {"result": found}
