@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
 
 parametrize = pytest.mark.parametrize
-in_both_modes = parametrize("mode", [True, False])
+zoo = pytest.mark.zoo
+MODES = (True, False)
+in_both_modes = parametrize("mode", MODES)
 
 
 def feature_extraction() -> Any:

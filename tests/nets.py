@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn import Sequential
 from torch.overrides import TorchFunctionMode
 
 
@@ -45,12 +46,16 @@ class Block(nn.Module):
         return torch.sigmoid(self.second(hidden)) + x
 
 
+def blocks() -> nn.Module:
+    return Sequential(Block(), Block())
+
+
 class Modes(nn.Module):
     """Train mode has an auxiliary head, batch norm, dropout and a value that eval mode lacks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.body = Sequential(Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
         self.aux = nn.Linear(4, 3)
         self.head = nn.Linear(4, 2)
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import equal, nn
+from torch.nn import Sequential
 
 from tests import featx
 from tests.helpers import X, eval_names, extract, feature, feature_extraction, node_names, parametrize, same
-from tests.nets import Block, linear, net
+from tests.nets import blocks, linear, net
 from tests.versions import older
 
 
@@ -44,7 +45,7 @@ def test_concrete_args() -> None:
     model = net(lambda self, x, double=False: self.fc(x) * 2 if double else self.fc(x), fc=linear())
     names = node_names(model, concrete_args={"double": True})
     assert names.eval == ["x", "double", "eq", "_assert", "fc", "mul"]
-    extractor = extract(model, ["mul"], concrete_args={"double": True})
+    extractor = extract(model, "mul", concrete_args={"double": True})
     assert equal(extractor(X, True)["mul"], model(X, True))
     with pytest.raises(AssertionError, match="specialized"):
         extractor(X, False)
@@ -63,8 +64,8 @@ def test_param_shapes_constant() -> None:
 
 
 def test_gradients_are_the_models() -> None:
-    model = nn.Sequential(Block(), Block())
-    extractor = extract(model, ["0"])
+    model = blocks()
+    extractor = extract(model, "0")
     model[0](X).sum().backward()
     expected = [parameter.grad.clone() for parameter in model[0].parameters()]
     model.zero_grad()
@@ -76,7 +77,7 @@ def test_gradients_are_the_models() -> None:
 def test_a_module_that_is_a_leaf_and_whose_parameter_is_used_elsewhere() -> None:
     model = net(lambda self, x: self.fc(x) @ self.fc.weight + self.fc.weight.sum(), fc=linear())
     for query in ("output", "fc"):
-        extractor = extract(model, [query])
+        extractor = extract(model, query)
         assert list(extractor.state_dict()) == ["fc.weight", "fc.bias"]
         assert isinstance(extractor.fc, nn.Linear)
     assert equal(feature(model), model(X))
@@ -87,7 +88,7 @@ def test_members_that_hide_behind_attributes_of_a_graph_module() -> None:
         return self.graph(self.code(self.meta[0](self.train_graph(self.eval_graph(x)))))
 
     names = ["graph", "code", "train_graph", "eval_graph"]
-    model = net(forward, meta=nn.Sequential(linear()), **{name: linear() for name in names})
+    model = net(forward, meta=Sequential(linear()), **{name: linear() for name in names})
     extractor = extract(model, ["code", "output"])
     assert equal(extractor(X)["output"], model(X))
     assert sorted(extractor.state_dict()) == sorted(model.state_dict())

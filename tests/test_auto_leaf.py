@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import equal, nn
+from torch.nn import Sequential
 
 from tests import featx, nets
-from tests.helpers import X, eval_names, extract, node_names, parametrize, same
+from tests.helpers import MODES, X, eval_names, extract, node_names, parametrize, same, zoo
 from tests.nets import Block, build_on_meta, linear, net
 
 
@@ -68,15 +69,15 @@ class Constant(nn.Module):
 
 shared = Branching()
 CASES = {
-    "deep": (nn.Sequential(nn.Sequential(Block(), nn.Sequential(Branching())), Block()), [Branching]),
+    "deep": (Sequential(Sequential(Block(), Sequential(Branching())), Block()), [Branching]),
     "shared": (net(lambda self, x: self.a(self.b(x)) + 1, a=shared, b=shared), [Branching]),
-    "type error": (nn.Sequential(Typed(), Block()), [Typed]),
-    "runtime error": (nn.Sequential(Block(), Raising()), [Raising]),
-    "one mode": (nn.Sequential(Block(), TrainOnly()), [TrainOnly]),
-    "several": (nn.Sequential(Raising(), TrainOnly(), Branching()), [Raising, TrainOnly, Branching]),
-    "nested": (nn.Sequential(Block(), Outer()), [Branching, Outer]),
-    "constants of the other mode": (nn.Sequential(Constant(), EvalOnly()), [EvalOnly]),
-    "constants before": (nn.Sequential(Constant(), Branching(), Constant()), [Branching]),
+    "type error": (Sequential(Typed(), Block()), [Typed]),
+    "runtime error": (Sequential(Block(), Raising()), [Raising]),
+    "one mode": (Sequential(Block(), TrainOnly()), [TrainOnly]),
+    "several": (Sequential(Raising(), TrainOnly(), Branching()), [Raising, TrainOnly, Branching]),
+    "nested": (Sequential(Block(), Outer()), [Branching, Outer]),
+    "constants of the other mode": (Sequential(Constant(), EvalOnly()), [EvalOnly]),
+    "constants before": (Sequential(Constant(), Branching(), Constant()), [Branching]),
 }
 
 
@@ -101,7 +102,7 @@ def test_it_equals_passing_the_classes(case: str) -> None:
         automatic = extract(model, queries, auto_leaf=True)
     manual = extract(model, queries, tracer_kwargs=by_hand)
     assert list(automatic.state_dict()) == list(manual.state_dict())
-    for mode in (True, False):
+    for mode in MODES:
         features = automatic.train(mode)(X)
         assert same(features, manual.train(mode)(X))
         assert equal(features["output"], model.train(mode)(X))
@@ -113,7 +114,7 @@ def test_no_warning_where_nothing_failed() -> None:
 
 
 def test_it_is_added_to_what_the_caller_passes_and_non_leaf_modules_win() -> None:
-    model = nn.Sequential(Block(), Branching())
+    model = Sequential(Block(), Branching())
     kwargs = {"leaf_modules": [Block]}
     with pytest.warns(UserWarning, match="became leaves"):
         assert eval_names(model, kwargs, auto_leaf=True) == ["input", "0", "1"]
@@ -125,15 +126,15 @@ def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
     def forward(self: Any, x: Any) -> Any:
         return self.head(self.backbone(x)) if x.sum() > 0 else x
 
-    model = net(forward, backbone=nn.Sequential(Block()), head=linear(), bad=nn.Sequential(Branching()))
-    for auto_leaf in (True, False):
+    model = net(forward, backbone=Sequential(Block()), head=linear(), bad=Sequential(Branching()))
+    for auto_leaf in MODES:
         with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
             node_names(model, auto_leaf=auto_leaf)
         assert raised.value.traceable == ["backbone"]
         assert str(raised.value).endswith("\nIts children backbone can be traced by themselves.")
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", nets.collected(nets.in_zoo, nets.UNTRACEABLE))
 def test_the_untraceable_of_the_zoo_lead_to_something_that_works(name: str) -> None:
     model = build_on_meta(name)

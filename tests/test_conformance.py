@@ -35,6 +35,7 @@ from tests.helpers import (
     select,
     staying,
     suggestions,
+    zoo,
 )
 from tests.nets import build
 
@@ -474,7 +475,7 @@ def skip_elsewhere() -> None:
             pytest.skip(f"the files were made by torch {there['torch']} and torchvision {there['torchvision']}")
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", ZOO)
 def test_the_zoo_is_as_stored(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     skip_elsewhere()
@@ -494,7 +495,7 @@ def test_all_files_are_of_one_origin_which_the_readme_says() -> None:
     assert "all files are of featx {}, torch {} and torchvision {}".format(*origin) in text
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", ["googlenet", "mobilenet_v3_small", "r3d_18", "resnet18", "swin_t", "vit_b_32"])
 def test_shapes_are_those_of_eager_execution(name: str) -> None:
     """On a CPU, by hooks; nothing of fx is in it."""

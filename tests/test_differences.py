@@ -11,6 +11,7 @@ from typing import Any, Callable
 import pytest
 import torch
 from torch import equal, fx, nn
+from torch.nn import Sequential
 
 from tests import featx
 from tests.helpers import (
@@ -28,11 +29,13 @@ from tests.helpers import (
     run,
     same,
     texts,
+    zoo,
 )
 from tests.nets import (
     IN_PLACE,
     LIKE_CODE,
     Block,
+    blocks,
     build_with_input,
     linear,
     net,
@@ -75,14 +78,14 @@ class Modal(nn.Module):
 
 
 def test_d01_each_query_its_own_last_node() -> None:
-    model = nn.Sequential(Block(), Block())
+    model = blocks()
     theirs, ours = (extractor(X) for extractor in extractors(model, ["1", "1.add"]))
     assert equal(ours["1"], model(X))
     assert equal(ours["1.add"], model(X))
     assert not ("1.add" in theirs and "1" in theirs and equal(theirs["1"], theirs["1.add"]))
 
 
-@pytest.mark.zoo
+@zoo
 def test_d02_nothing_runs_after_the_last_requested_node() -> None:
     query = "encoder.layers.encoder_layer_0.mlp"
     model, x = build_with_input("vit_b_16")
@@ -107,7 +110,7 @@ def test_d03_in_place_operations_stay(kind: str) -> None:
     assert not equal(run(theirs)[last], run(model))
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
 def test_d03_in_torchvisions_own_models(name: str) -> None:
     model, x = build_with_input(name)
@@ -163,7 +166,7 @@ def test_d06_the_mode_is_looked_up_at_each_call() -> None:
 
 def test_d07_modes_are_restored() -> None:
     def after(library: Any) -> list[bool]:
-        model = nn.Sequential(nn.BatchNorm1d(4), linear()).train()
+        model = Sequential(nn.BatchNorm1d(4), linear()).train()
         model[0].eval()
         library.create_feature_extractor(model, ["1"])
         return [module.training for module in model.modules()]
@@ -179,7 +182,7 @@ def test_d07_modes_are_restored() -> None:
 
 
 def test_d08_tracer_kwargs_are_untouched() -> None:
-    model = nn.Sequential(Block())
+    model = Sequential(Block())
 
     def leaves(library: Any) -> list[Any]:
         kwargs = {"leaf_modules": [Block]}
@@ -204,24 +207,24 @@ def test_d09_constants_do_not_stay_on_the_model() -> None:
 
 
 def test_d10_queries_are_literal() -> None:
-    model = nn.Sequential(Block())
+    model = Sequential(Block())
     assert torchvision.create_feature_extractor(model, ["[0]"])(X) == {}
     with pytest.raises(re.error):
         torchvision.create_feature_extractor(model, ["("])
     for query in ("[0]", "("):
         with pytest.raises(featx.NodeNameError, match="no node"):
-            extract(model, [query])
+            extract(model, query)
 
 
 def test_d11_two_nodes_under_one_key() -> None:
-    model = nn.Sequential(linear(), linear())
+    model = Sequential(linear(), linear())
     assert list(torchvision.create_feature_extractor(model, {"0": "a", "1": "a"})(X)) == ["a"]
     with pytest.raises(ValueError, match="both '0' and '1' are put under the key 'a'"):
         extract(model, {"0": "a", "1": "a"})
 
 
-def sequence(*names: str) -> nn.Sequential:
-    model = nn.Sequential()
+def sequence(*names: str) -> Sequential:
+    model = Sequential()
     for name in names:
         model.add_module(name, nn.Identity())
     return model
@@ -259,7 +262,7 @@ def test_d12_names_are_distinct(model: nn.Module, repeats: int, crash: Any) -> N
 
 
 def test_d13_one_query_or_a_tuple() -> None:
-    model = nn.Sequential(linear())
+    model = Sequential(linear())
     for queries in ("0", ("0",)):
         with pytest.raises(AttributeError):
             torchvision.create_feature_extractor(model, queries)
@@ -294,7 +297,7 @@ def test_d15_naming_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
             steps.append(frame.f_code)
 
     def counted(library: Any, size: int) -> int:
-        model = nn.Sequential(*(nn.Identity() for _ in range(size)))
+        model = Sequential(*(nn.Identity() for _ in range(size)))
         steps.clear()
         sys.setprofile(profile)
         try:
@@ -334,7 +337,7 @@ class Bad(nn.Module):
 
 
 def test_d17_errors_say_where() -> None:
-    model = nn.Sequential(Block(), nn.Sequential(Bad()))
+    model = Sequential(Block(), Sequential(Bad()))
     with pytest.raises(fx.proxy.TraceError) as theirs:
         torchvision.get_graph_node_names(model)
     assert not re.search(r"1\.0|Bad|leaf_modules", str(theirs.value))
@@ -386,7 +389,7 @@ def test_d19_the_models_own_output() -> None:
 
 def test_d20_modules_of_torchvision_can_be_opened() -> None:
     block = pytest.importorskip("torchvision.ops").Conv2dNormActivation
-    model, kwargs = nn.Sequential(block(3, 4)), {"non_leaf_modules": [block]}
+    model, kwargs = Sequential(block(3, 4)), {"non_leaf_modules": [block]}
     with pytest.raises(TypeError):
         torchvision.get_graph_node_names(model, dict(kwargs))
     assert torchvision.get_graph_node_names(model)[1] == eval_names(model) == ["input", "0"]
@@ -419,7 +422,7 @@ EITHER = "pass either return_nodes, or both train_return_nodes and eval_return_n
     ],
 )
 def test_d22_argument_errors(arguments: Any, theirs: Any, kind: Any, ours: str) -> None:
-    model = nn.Sequential(linear())
+    model = Sequential(linear())
     with pytest.raises(theirs):
         torchvision.create_feature_extractor(model, *arguments)
     with pytest.raises(kind, match=ours):
@@ -461,7 +464,7 @@ def baked(model: nn.Module, query: str, path: str, *parts: str) -> list[Any]:
         theirs = torchvision.create_feature_extractor(model, [query])
     assert nothing == []
     with pytest.warns(featx.FeatureWarning) as caught:
-        ours = extract(model, [query])
+        ours = extract(model, query)
     (text,) = texts(caught)
     for part in (path, "exact=True", *parts):
         assert part in text
@@ -480,7 +483,7 @@ def as_leaves(model: nn.Module) -> nn.Module:
 
 
 def test_d23_autocast() -> None:
-    model = nn.Sequential(linear(), net(cast, fc=linear()))
+    model = Sequential(linear(), net(cast, fc=linear()))
     truth = model(X)
     assert truth.dtype is torch.bfloat16
     theirs, ours = (extractor(X)["1.fc"] for extractor in baked(model, "1.fc", "'1'", "return self.fc(x)", "autocast"))
@@ -491,7 +494,7 @@ def test_d23_autocast() -> None:
 
 
 def test_d24_no_grad() -> None:
-    model = nn.Sequential(net(frozen, fc=linear()), linear())
+    model = Sequential(net(frozen, fc=linear()), linear())
 
     def trained(value: torch.Tensor) -> list[bool]:
         found = torch.autograd.grad(value.sum(), list(model.parameters()), allow_unused=True)
@@ -505,7 +508,7 @@ def test_d24_no_grad() -> None:
 
 
 def test_d25_what_is_computed_from_buffers() -> None:
-    model = nn.Sequential(linear(), net(scaled, variance=torch.full((4,), 4.0)))
+    model = Sequential(linear(), net(scaled, variance=torch.full((4,), 4.0)))
     extractors = baked(model, "1.mul", "'1'", "return x * self.variance.rsqrt()", "load_state_dict")
     right = exact(model, "1.mul")
     before = model(X)
@@ -528,7 +531,7 @@ def test_d26_random_numbers() -> None:
     def draws_anew(module: nn.Module) -> bool:
         return not same(module(X), module(X))
 
-    model = nn.Sequential(linear(), net(noisy))
+    model = Sequential(linear(), net(noisy))
     assert draws_anew(model)
     extractors = baked(model, "1.add", "'1'", "return x + torch.randn(4)", "random")
     assert [draws_anew(extractor) for extractor in extractors] == [False, False]
@@ -539,16 +542,16 @@ def test_d26_random_numbers() -> None:
 
 
 def test_d27_a_forward_of_the_instance() -> None:
-    model = net(lambda self, x: self.fc(x), fc=linear(), body=nn.Sequential(linear()))
+    model = net(lambda self, x: self.fc(x), fc=linear(), body=Sequential(linear()))
     other = model(X)
     model.forward = lambda x: model.fc(x) * 2
     line = f"{__file__}, line {model.forward.__code__.co_firstlineno}"
     theirs, ours = (
-        extractor(X)["fc"] for extractor in baked(model, "fc", "model's own forward", line, "nn.Sequential(model)")
+        extractor(X)["fc"] for extractor in baked(model, "fc", "model's own forward", line, "Sequential(model)")
     )
     assert equal(theirs, other)
     assert equal(ours, other)
     assert equal(model(X), other * 2)
     refused(model, "", line)
     for mended in (False, True):
-        assert equal(feature(nn.Sequential(model), exact=mended), other * 2)
+        assert equal(feature(Sequential(model), exact=mended), other * 2)

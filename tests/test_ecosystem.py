@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple
 import pytest
 import torch
 from torch import equal, fx, nn
+from torch.nn import Sequential
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim.swa_utils import AveragedModel
@@ -64,7 +65,7 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.body = Sequential(Block(), nn.BatchNorm1d(4), nn.Dropout(0.5))
         self.aux = linear()
         self.head = linear()
         self.last = nn.Linear(4, 2)
@@ -76,7 +77,7 @@ class Branches(nn.Module):
 
 
 def blocks() -> nn.Module:
-    return nn.Sequential(Block(), Block(), nn.Linear(4, 2))
+    return Sequential(Block(), Block(), nn.Linear(4, 2))
 
 
 def small_vit() -> nn.Module:
@@ -151,7 +152,7 @@ def test_compile(extract: Extract) -> None:
     # Inductor draws random numbers in its own way unless it is told not to.
     options = {"options": {"fallback_random": True}} if BACKEND == "inductor" else {}
     torch.compiler.reset()
-    for outer in (extractor, nn.Sequential(extractor)):
+    for outer in (extractor, Sequential(extractor)):
         compiled = torch.compile(outer, backend=BACKEND, fullgraph=True, **options)
         seen = []
         for flipped, mode in ((compiled, True), (outer, False), (extractor, True), (compiled, False)):
@@ -298,7 +299,7 @@ def test_safetensors(extract: Extract, tmp_path: Path) -> None:
 
 
 def tied() -> nn.Module:
-    model = nn.Sequential(Block(), Block(), linear())
+    model = Sequential(Block(), Block(), linear())
     model[1].first.weight = model[0].first.weight
     return model
 
@@ -553,8 +554,8 @@ def test_quantization_by_graph(extract: Extract) -> None:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-    early = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    model = nn.Sequential(early, nn.Flatten(), nn.LazyLinear(2)).eval()
+    early = Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = Sequential(early, nn.Flatten(), nn.LazyLinear(2)).eval()
     model(IMAGES)
     extractor = extract(model, {"0": "early"})
     expected = eager(model, {"0": "early"}, IMAGES)
@@ -646,7 +647,7 @@ def flops(call: Callable[..., Any]) -> int:
 def test_flops_of_an_early_block(extract: Extract) -> None:
     model = build("resnet18").eval()
     extractor = extract(model, "layer1")
-    by_hand = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
+    by_hand = Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
     assert 0 < flops(extractor) == flops(by_hand) < flops(model)
 
 
@@ -667,8 +668,8 @@ def test_tools_of_fx(extract: Extract, tool: str, mode: bool) -> None:
 def test_fusion_by_fx(extract: Extract) -> None:
     from torch.fx.experimental.optimization import fuse
 
-    early = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-    model = nn.Sequential(early, nn.Flatten(), nn.Linear(8 * 30 * 30, 2))
+    early = Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = Sequential(early, nn.Flatten(), nn.Linear(8 * 30 * 30, 2))
     model(IMAGES)
     model.eval()
     fused = fuse(extract(model, {"0": "early"}))
@@ -777,7 +778,7 @@ class Eigenvalues(nn.Module):
 
 
 def holding(part: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Sequential(linear(), part), nn.Linear(4, 2))
+    return lambda: Sequential(Sequential(linear(), part), nn.Linear(4, 2))
 
 
 class Limit(NamedTuple):

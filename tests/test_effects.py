@@ -9,6 +9,7 @@ from typing import Any, Callable
 import pytest
 import torch
 from torch import equal, nn
+from torch.nn import Sequential
 
 from tests import featx
 from tests.helpers import X, eval_names, extract, feature, in_both_modes, node_names, parametrize, untouched
@@ -66,12 +67,12 @@ def test_success(kind: str, mode: bool) -> None:
     with untouched(model):
         node_names(model)
     with untouched(model):
-        extractor = extract(model, ["x"])
+        extractor = extract(model, "x")
     extractor(X)
 
 
 FAILURES: dict[str, Callable[[nn.Module], Any]] = {
-    "unknown name": lambda model: extract(model, ["nowhere"]),
+    "unknown name": lambda model: extract(model, "nowhere"),
     "same key": lambda model: extract(model, {"x": "k", "fc": "k"}),
     "no queries": lambda model: extract(model),
     "bad tracer_kwargs": lambda model: node_names(model, {"leafs": 1}),
@@ -91,7 +92,7 @@ def test_failure(kind: str, failure: str) -> None:
 
 @parametrize("function", [featx.get_graph_node_names, lambda m: extract(m, "x")])
 def test_failure_inside_of_the_trace(function: Callable[[nn.Module], Any]) -> None:
-    model = nn.Sequential(Block(), Careless(fails=True))
+    model = Sequential(Block(), Careless(fails=True))
     model[0].eval()
     with untouched(model), pytest.raises(featx.UntraceableError, match="at '1'"):
         function(model)
@@ -108,7 +109,7 @@ def test_tracer_kwargs_and_return_nodes_are_not_written_to() -> None:
     kwargs = {"leaf_modules": [Block], "autowrap_functions": ()}
     return_nodes = {"0": "a"}
     concrete: dict[str, Any] = {}
-    extract(nn.Sequential(Block()), return_nodes, tracer_kwargs=kwargs, concrete_args=concrete)
+    extract(Sequential(Block()), return_nodes, tracer_kwargs=kwargs, concrete_args=concrete)
     assert kwargs == {"leaf_modules": [Block], "autowrap_functions": ()}
     assert return_nodes == {"0": "a"}
     assert concrete == {}
@@ -135,7 +136,7 @@ class Merging(nn.Module):
 
 @in_both_modes
 def test_a_train_method_that_changes_the_weights(mode: bool) -> None:
-    model = nn.Sequential(Merging()).train(mode)
+    model = Sequential(Merging()).train(mode)
     expected = model(X)
     with untouched(model):
         node_names(model)
@@ -163,7 +164,7 @@ class Swapping(nn.Module):
         return self
 
 
-@parametrize("outer", [lambda model: model, nn.Sequential])
+@parametrize("outer", [lambda model: model, Sequential])
 def test_a_train_method_that_swaps_the_weights(outer: Callable[[nn.Module], nn.Module]) -> None:
     model = outer(Swapping()).train()
     with untouched(model):
@@ -191,9 +192,9 @@ class Lazy(nn.Module):
 
 @parametrize("kind", ["buffer", "parameter", "attribute"])
 def test_what_a_forward_makes_for_itself_is_in_the_extractor_and_not_on_the_model(kind: str) -> None:
-    model = nn.Sequential(linear(), Lazy(kind))
+    model = Sequential(linear(), Lazy(kind))
     with untouched(model):
-        extractor = extract(model, ["1"])
+        extractor = extract(model, "1")
     assert equal(extractor(X)["1"], model(X))
 
 
@@ -247,7 +248,7 @@ def test_a_buffer_with_nan_is_not_touched() -> None:
 
 def test_a_tracer_may_be_made_in_one_thread_and_used_in_another() -> None:
     tracer = featx.NodePathTracer()
-    thread = threading.Thread(target=tracer.trace, args=(nn.Sequential(linear(), nn.ReLU()),))
+    thread = threading.Thread(target=tracer.trace, args=(Sequential(linear(), nn.ReLU()),))
     thread.start()
     thread.join()
     assert tracer.names == ["input", "0", "1"]
@@ -294,7 +295,7 @@ def test_a_trace_does_not_see_the_one_before() -> None:
     with untouched(model):
         train, evaluation = node_names(model)
         with pytest.warns(featx.FeatureWarning):
-            extractor = extract(model, ["output"])
+            extractor = extract(model, "output")
     assert train == evaluation
     assert model.seen == {"deep": [[]]}
     assert equal(extractor(X)["output"], Caching()(X))
@@ -317,7 +318,7 @@ class Noting(nn.Module):
 @parametrize("leaves", [[], [Noting]])
 def test_opaque_calls_do_not_run_before_the_extractor_does(exact: bool, leaves: list[Any]) -> None:
     RUNS.clear()
-    model = nn.Sequential(linear(), Noting(), linear())
+    model = Sequential(linear(), Noting(), linear())
     kwargs = {"leaf_modules": leaves, "autowrap_functions": [noting]}
     extractor = extract(model, ["0", "2"], tracer_kwargs=kwargs, exact=exact)
     assert RUNS == []
@@ -325,7 +326,7 @@ def test_opaque_calls_do_not_run_before_the_extractor_does(exact: bool, leaves: 
 
 
 def test_an_iterator_of_leaf_modules_serves_both_modes() -> None:
-    train, evaluation = node_names(nn.Sequential(Block()), {"leaf_modules": iter([Block])})
+    train, evaluation = node_names(Sequential(Block()), {"leaf_modules": iter([Block])})
     assert train == evaluation == ["input", "0"]
 
 
@@ -371,7 +372,7 @@ def test_constants_and_buffers() -> None:
     model.register_buffer("volatile", torch.ones(2) * 2, persistent=False)
     object.__setattr__(model, "plain", torch.ones(2) * 3)
     before = list(model.state_dict())
-    extractor = extract(model, ["output"])
+    extractor = extract(model, "output")
     assert list(model.state_dict()) == before
     assert not hasattr(model, "_tensor_constant0")
     x = torch.rand(2)
@@ -384,7 +385,7 @@ def test_constants_and_buffers() -> None:
 
 def test_weights_are_shared_with_the_model() -> None:
     model = Modes()
-    extractor = extract(model, ["body"])
+    extractor = extract(model, "body")
     assert getattr(extractor.body, "0").first is model.body[0].first
     assert extractor.load_state_dict(model.state_dict(), strict=False).missing_keys == []
 

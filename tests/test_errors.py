@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn import Sequential
 
 from tests import featx
-from tests.helpers import by_pickle, eval_names, extract, node_names, parametrize, prefixes, suggestions
-from tests.nets import Block, Modes, build_on_meta, linear, net
+from tests.helpers import by_pickle, eval_names, extract, node_names, parametrize, prefixes, suggestions, zoo
+from tests.nets import Block, Modes, blocks, build_on_meta, linear, net
 
 
 def test_the_types_are_those_of_others_too() -> None:
@@ -26,7 +27,7 @@ def test_the_types_are_those_of_others_too() -> None:
 
 def test_a_typo() -> None:
     with pytest.raises(featx.NodeNameError) as raised:
-        extract(nn.Sequential(Block(), Block()), "1.frist")
+        extract(blocks(), "1.frist")
     error = raised.value
     assert (error.query, error.mode, error.suggestions[:1]) == ("1.frist", "train", ["1.first"])
     assert str(error).startswith(
@@ -45,7 +46,7 @@ def test_a_module_whose_calls_are_named_otherwise() -> None:
     assert set(raised.value.suggestions) == {"fc_1", "fc_2"}
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", ["resnet18", "swin_t", "vit_b_32"])
 def test_letters_that_are_swapped_lead_to_the_right_name_first(name: str, rng: random.Random) -> None:
     names = eval_names(build_on_meta(name))
@@ -78,14 +79,14 @@ REASON = "TraceError: symbolically traced variables cannot be used as inputs to 
 
 
 def test_the_whole_text_of_a_typo() -> None:
-    assert text_of(nn.Sequential(linear()), "00") == (
+    assert text_of(Sequential(linear()), "00") == (
         "no node of the train graph is named '00' or lies below it. The closest: '0'."
         " get_graph_node_names(model) lists all names."
     )
 
 
 def test_the_whole_text_of_what_cannot_be_traced() -> None:
-    assert text_of(nn.Sequential(Bad()), "0") == (
+    assert text_of(Sequential(Bad()), "0") == (
         f"torch.fx cannot trace Bad at '0': {REASON}\n"
         '  File "…", line 0, in forward\n    return x if x.sum() > 0 else -x\n'
         f"What helps, in tracer_kwargs: leaf_modules=[Bad] makes each Bad one operation (non_leaf_modules win);"
@@ -97,7 +98,7 @@ def test_the_whole_text_of_an_own_forward() -> None:
     def forward(self: Any, x: Any) -> Any:
         return self.part(x) if x.sum() > 0 else x
 
-    assert text_of(net(forward, part=nn.Sequential(linear())), "part") == (
+    assert text_of(net(forward, part=Sequential(linear())), "part") == (
         f"torch.fx cannot trace the model's own forward (Net): {REASON}\n"
         '  File "…", line 0, in forward\n    return self.part(x) if x.sum() > 0 else x\n'
         f"What helps, in tracer_kwargs: {REMEDIES}\n"
@@ -115,14 +116,14 @@ def test_a_name_of_the_other_mode() -> None:
 
 
 def test_a_module_inside_of_a_leaf() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 4))
+    model = Sequential(nn.TransformerEncoderLayer(4, 2, 4))
     with pytest.raises(featx.NodeNameError, match=r"inside the leaf module '0' \(TransformerEncoderLayer\)") as raised:
         extract(model, "0.self_attn")
     assert "tracer_kwargs={'non_leaf_modules': [TransformerEncoderLayer]} opens it" in str(raised.value)
 
 
 def test_a_module_that_never_runs() -> None:
-    model = net(lambda self, x: self.used(x), used=linear(), unused=nn.Sequential(linear()))
+    model = net(lambda self, x: self.used(x), used=linear(), unused=Sequential(linear()))
     for query in ("unused", "unused.0"):
         with pytest.raises(featx.NodeNameError, match="a module of the model in which no operation runs in train mode"):
             extract(model, query)
@@ -151,9 +152,9 @@ class Wrong(nn.Module):
     ("model", "path", "kind", "cause"),
     [
         (Bad(), "", Bad, fx.proxy.TraceError),
-        (nn.Sequential(Bad()), "0", Bad, fx.proxy.TraceError),
-        (nn.Sequential(nn.Sequential(Block(), Wrong())), "0.1", Wrong, RuntimeError),
-        (nn.Sequential(net(lambda self, x: int(x))), "0", None, TypeError),
+        (Sequential(Bad()), "0", Bad, fx.proxy.TraceError),
+        (Sequential(Sequential(Block(), Wrong())), "0.1", Wrong, RuntimeError),
+        (Sequential(net(lambda self, x: int(x))), "0", None, TypeError),
         (net(lambda self, x: nn.Linear(4, 4)(x)), "", None, NameError),
     ],
 )
@@ -207,7 +208,7 @@ def test_an_error_that_a_forward_handles_is_not_where_the_next_one_was() -> None
 )
 def test_tracer_kwargs(kwargs: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        node_names(nn.Sequential(), kwargs)
+        node_names(Sequential(), kwargs)
 
 
 def test_concrete_args() -> None:
@@ -223,18 +224,18 @@ def test_concrete_args() -> None:
 @parametrize("query", [("0", "key"), ["0"], None])
 def test_queries_are_read_as_strings(query: Any) -> None:
     with pytest.raises(featx.NodeNameError) as raised:
-        extract(nn.Sequential(nn.ReLU()), [query])
+        extract(Sequential(nn.ReLU()), [query])
     assert raised.value.query == str(query)
 
 
 def test_bytes_are_no_query() -> None:
     with pytest.raises(TypeError, match="return_nodes takes a dict, .* not a bytes"):
-        extract(nn.Sequential(nn.ReLU()), b"0")
+        extract(Sequential(nn.ReLU()), b"0")
 
 
 def test_two_queries_under_one_key() -> None:
     with pytest.raises(ValueError, match="both '0' and '1' are put under the key 'a'"):
-        extract(nn.Sequential(nn.ReLU(), nn.ReLU()), None, {"0": "a", "1": "a"}, ["0"])
+        extract(Sequential(nn.ReLU(), nn.ReLU()), None, {"0": "a", "1": "a"}, ["0"])
 
 
 def test_the_warning_says_what_differs_and_points_here() -> None:

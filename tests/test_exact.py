@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import equal, fx, nn
+from torch.nn import Sequential
 
 from tests import featx, nets
-from tests.conformance import slow
 from tests.helpers import (
+    MODES,
     X,
     eval_names,
     exact,
     extract,
     feature,
     feature_extraction,
-    given_names,
     heard,
     in_both_modes,
     in_its_mode,
@@ -32,6 +32,7 @@ from tests.helpers import (
     select,
     texts,
     truth,
+    zoo,
 )
 from tests.nets import IN_PLACE, Block, build, build_on_meta, build_with_input, linear, net, writes_in_place
 from tests.versions import needs, older
@@ -46,7 +47,7 @@ def operators() -> list[Any]:
     return [ops.Conv2dNormActivation, ops.SqueezeExcitation, ops.MLP, ops.Permute]
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("opened", [False, True])
 @parametrize("name", ["resnet18", "googlenet", "densenet121", "mobilenet_v3_small", "swin_t", "vit_b_32"])
 def test_all_modules_of_a_model_at_once(name: str, opened: bool) -> None:
@@ -54,7 +55,7 @@ def test_all_modules_of_a_model_at_once(name: str, opened: bool) -> None:
     kwargs = {"non_leaf_modules": operators()} if opened else None
     closed = (nn.MultiheadAttention,) if opened else (nn.MultiheadAttention, *operators())
     hidden = [f"{path}." for path, module in model.named_modules() if isinstance(module, closed)]
-    for mode in (True, False):
+    for mode in MODES:
         expected = {}
         for path, values in returned(model.train(mode), x).items():
             single = len(values) == 1 and isinstance(values[0], torch.Tensor)
@@ -85,11 +86,11 @@ def warned(model: nn.Module, queries: list[str]) -> Any:
     return extractor, said
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", nets.collected(nets.traceable))
 def test_warnings_for_all_tensors_of_a_model(name: str) -> None:
     model, x = build_with_input(name)
-    for mode in (True, False):
+    for mode in MODES:
         check_warnings_for_all_tensors(model.train(mode), x)  # a call, since all tensors of one mode are enough to keep
 
 
@@ -108,11 +109,11 @@ def believed(said: dict[str, str]) -> set[str]:
     return {query for query, text in said.items() if "._add_shortcut'" in text}
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", nets.collected(nets.in_zoo, nets.FAMILIES))
 def test_warnings_for_all_modules_of_a_model(name: str) -> None:
     model, x = build_with_input(name)
-    for mode in (True, False):
+    for mode in MODES:
         seen = returned(model.train(mode), x)
         queries = list(select(node_names(model)[0 if mode else 1], seen))
         extractor, said = warned(model, queries)
@@ -131,7 +132,7 @@ STAGES = {
 }
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", STAGES)
 def test_no_warning_for_stages(name: str) -> None:
     extract(build_on_meta(name), STAGES[name])
@@ -149,22 +150,6 @@ def test_the_path_of_a_module_means_that_module() -> None:
     assert eval_names(model) == ["x", "fc", "fc_1", "relu", "ln", "add", "relu_1"]
     assert node_names(model, exact=True) == (mended, mended)
     assert list(check_modules(model, ["fc_2", "fc_1", "ln_1", "relu"])) == ["fc_1", "fc_2", "ln_1", "relu"]
-
-
-def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
-    pool = ["a", "a_1", "a_2", "a.b", "a.b_1", "a_1.b", "x", "x_1", "x_1_1", "x_3"]
-    owns = ["x", "x_1", "x_0", "b", "b_7", "a", "a_2_1", "x_1_1"]
-    for _ in range(500):
-        paths = rng.sample(pool, rng.randrange(1, 8))
-        calls = []
-        for _ in range(rng.randrange(30)):
-            is_module = rng.random() < 0.4
-            calls.append((rng.choice(paths), None) if is_module else (rng.choice(["", "a", "a_1"]), rng.choice(owns)))
-        given = given_names(calls, paths)
-        assert given == slow.exact_names(paths, calls), (paths, calls)
-        assert len(set(given)) == len(given)
-        for call, name in zip(calls, given):
-            assert name not in paths or call == (name, None)
 
 
 def test_a_module_called_again() -> None:
@@ -190,7 +175,7 @@ def test_a_module_under_two_paths_has_the_first() -> None:
     assert equal(features["a"], run(shared))
     assert equal(features["a_1"], run(model))
     with pytest.raises(featx.NodeNameError, match="'b' or lies below it"):
-        exact(model, ["b"])
+        exact(model, "b")
 
 
 # --- what modules return ---
@@ -269,7 +254,7 @@ def test_what_is_changed_after_it_was_returned() -> None:
     assert equal(features["last"], model.last(torch.zeros(3, 4)))
 
 
-@pytest.mark.zoo
+@zoo
 def test_structures_of_the_zoo() -> None:
     model, x = build_with_input("googlenet")
     own = run(model.train(), x)
@@ -303,7 +288,7 @@ def test_a_module_that_runs_no_operation() -> None:
     model = net(lambda self, x: self.fc(self.same(x)), same=net(lambda self, x: x), fc=linear())
     assert equal(feature(model, "same", exact=True), X)
     with pytest.raises(featx.NodeNameError, match="'same' or lies below it"):
-        extract(model, ["same"])
+        extract(model, "same")
 
 
 def test_what_is_there_before_anything_runs() -> None:
@@ -326,8 +311,8 @@ def test_what_a_graph_cannot_hold() -> None:
     with pytest.raises(
         ValueError, match="what the module 'inner' returned cannot be a feature, ask for what is inside: .*Odd"
     ):
-        exact(model, ["inner"])
-    assert list(exact(model, ["add"])(X)) == ["add"]
+        exact(model, "inner")
+    assert list(exact(model, "add")(X)) == ["add"]
 
 
 class Odd(tuple):
@@ -347,7 +332,7 @@ def test_classes_that_cannot_be_built_again_disturb_only_whoever_asks_for_them(o
     for mended in (False, True):
         assert equal(feature(model, "fc", exact=mended), model(X))
     with pytest.raises(ValueError, match="'inner' returned cannot be a feature"):
-        exact(model, ["inner"])
+        exact(model, "inner")
 
 
 def test_attributes_of_tensors() -> None:
@@ -473,7 +458,7 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
 )
 def test_opaque_calls_that_write_into_their_input(opaque: nn.Module, warns: int) -> None:
     """In doubt they do, which is no ground to warn."""
-    model = nn.Sequential(linear(), opaque, linear()).eval()
+    model = Sequential(linear(), opaque, linear()).eval()
     kwargs = {"leaf_modules": [Doubling, Rectifying, Dropping], "autowrap_functions": [doubled]}
     check_modules(model, ["0", "2"], tracer_kwargs=kwargs)
     with heard() as caught:
@@ -496,8 +481,8 @@ def test_what_an_opaque_leaf_may_write_is_kept_though_nothing_that_stays_takes_i
 
 
 def test_dropout_in_place_writes_in_train_mode_only() -> None:
-    model = nn.Sequential(linear(), nn.Dropout(0.5, inplace=True))
-    for mode in (True, False):
+    model = Sequential(linear(), nn.Dropout(0.5, inplace=True))
+    for mode in MODES:
         assert set(warned(model.train(mode), ["0", "1"])[1]) == ({"0"} if mode else set())
     # Whoever switches the dropout of an extractor on by hand has exact features all the same.
     extractor = exact(model.eval(), ["0", "1"])
@@ -539,15 +524,6 @@ def test_a_hazard_of_one_mode() -> None:
         extract(net(forward, fc=linear()), ["fc", "output"])
 
 
-def test_hazards_do_not_change_values() -> None:
-    """The default is torchvision's, with a warning or without."""
-    theirs = feature_extraction()
-    model, queries = Misleading().eval(), ["ln", "ln_1", "pair"]
-    with pytest.warns(UserWarning, match="exact=True"):
-        ours = extract(model, queries)
-    assert same(run(ours), run(theirs.create_feature_extractor(model, queries)))
-
-
 def test_the_models_own_output_beside_a_module_of_that_name() -> None:
     def forward(self: Any, x: Any) -> Any:
         y = self.output(x)
@@ -584,7 +560,7 @@ def test_an_operation_with_the_name_of_a_module_that_is_not_called() -> None:
     model = net(lambda self, x: F.relu(self.fc(x)) + 1, fc=linear(), relu=nn.ReLU()).eval()
     assert "'relu' is the value of the operation 'relu', not what the module" in warned(model, ["relu"])[1]["relu"]
     with pytest.raises(featx.NodeNameError, match="a module of the model in which no operation runs"):
-        exact(model, ["relu"])
+        exact(model, "relu")
 
 
 # --- what can be done with them ---
@@ -618,7 +594,7 @@ def extracted(extractor: nn.Module) -> Any:
     ],
 )
 def test_what_can_be_done_with_extractors(how: Any, mode: bool) -> None:
-    model = nn.Sequential(linear(), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.ReLU(inplace=True)).train(mode)
+    model = Sequential(linear(), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.ReLU(inplace=True)).train(mode)
     extractor = exact(model, ["0", "2", "3"])
     assert clones(extractor) == 2
     seen = returned(model)

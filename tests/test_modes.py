@@ -13,11 +13,12 @@ from typing import Any, Callable
 import pytest
 import torch
 from torch import equal, fx, nn
+from torch.nn import Sequential
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
 from tests import featx
-from tests.helpers import COPIES, X, by_pickle, extract, feature, in_both_modes, parametrize, run, same
+from tests.helpers import COPIES, MODES, X, by_pickle, extract, feature, in_both_modes, parametrize, run, same
 from tests.nets import LIKE_CODE, Block, Modes, linear, net, with_member
 from tests.versions import needs, older
 
@@ -83,13 +84,13 @@ def test_the_attribute_set_by_hand() -> None:
 
 
 def test_a_parents_mode() -> None:
-    parent = nn.Sequential(make_apart())
+    parent = Sequential(make_apart())
     assert list(parent.eval()(X)) == ["head", "mul"]
     assert list(parent.train()(X)) == ["head", "aux"]
 
 
 def test_one_graph_for_both_modes_needs_no_choice() -> None:
-    extractor = extract(Block(), ["add"])
+    extractor = extract(Block(), "add")
     assert "_featx_train" not in vars(type(extractor))
     assert list(extractor.eval()(X)) == list(extractor.train()(X)) == ["add"]
 
@@ -114,7 +115,7 @@ def test_copies(how: str, mode: bool) -> None:
     assert list(twin.state_dict()) == list(extractor.state_dict())
     assert twin.head.weight is twin.aux.weight
     assert (twin.head is extractor.head) == (how == "copy")
-    for each in (True, False):
+    for each in MODES:
         twin.training = extractor.training = each
         assert same(run(twin), run(extractor))
         assert list(run(twin))[-1] == "hooked"
@@ -125,7 +126,7 @@ def test_copies(how: str, mode: bool) -> None:
 @parametrize("how", COPIES)
 @pytest.mark.skipif(older(torch="2.2"), reason="modules of older torch have no compile()")
 def test_copies_of_what_was_compiled_run_themselves(how: str) -> None:
-    extractor = extract(nn.Sequential(linear()), ["0"])
+    extractor = extract(Sequential(linear()), ["0"])
     extractor.compile(backend="eager")
     twin = COPIES[how](extractor)
     copied = twin.get_submodule("0")
@@ -171,7 +172,7 @@ def test_targets_that_pickle_cannot_find_by_itself() -> None:
 
 
 def test_targets_without_a_name_can_be_copied() -> None:
-    extractor = extract(Block(), ["add"])
+    extractor = extract(Block(), "add")
     for graph in (extractor.train_graph, extractor.eval_graph):
         for node in graph.nodes:
             if node.target is torch.sigmoid:
@@ -201,7 +202,7 @@ def test_compile_follows_the_mode() -> None:
     extractor = make()
     compiled = torch.compile(extractor, backend="eager")
     check_flips(extractor, compiled, compiled)
-    parent = nn.Sequential(extractor)
+    parent = Sequential(extractor)
     check_flips(parent, torch.compile(parent, backend="eager"), parent)
     one_graph = extract(Block(), ["first", "add"])  # for both modes
     assert same(torch.compile(one_graph, backend="eager")(X), one_graph(X))
@@ -227,7 +228,7 @@ def test_graph_and_code_are_the_active_modes() -> None:
 
 
 def test_a_graph_edited_by_hand() -> None:
-    extractor = extract(Block(), ["add"])
+    extractor = extract(Block(), "add")
     for node in extractor.eval_graph.nodes:
         if node.target is torch.sigmoid:
             node.target = torch.tanh
@@ -240,7 +241,7 @@ def test_a_graph_edited_by_hand() -> None:
 
 
 def test_a_graph_that_is_replaced() -> None:
-    extractor = extract(Block(), ["add"]).eval()
+    extractor = extract(Block(), "add").eval()
     extractor.graph = copy.deepcopy(extractor.graph)
     assert extractor.eval_graph.owning_module is extractor
     assert list(extractor(X)) == ["add"]
@@ -257,7 +258,7 @@ def test_graphs_know_their_module(how: str) -> None:
 def test_children_are_looked_up_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them costs the detour over nn.Module.__getattr__."""
     model = net(lambda self, x: self.outer(x), outer=net(lambda self, x: self.inner(x), inner=Block()))
-    extractor = extract(model, ["outer"])
+    extractor = extract(model, "outer")
     looked_up: list[str] = []
     original = nn.Module.__getattr__
     monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: looked_up.append(name) or original(self, name))
@@ -308,7 +309,7 @@ def test_modes_that_differ_in_one_argument(train: Any, evaluation: Any) -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return noted(x, *(train if self.training else evaluation))
 
-    extractor = extract(Differing(), ["noted"], tracer_kwargs={"autowrap_functions": (noted,)})
+    extractor = extract(Differing(), "noted", tracer_kwargs={"autowrap_functions": (noted,)})
     for mode, expected in ((True, train), (False, evaluation), (True, train)):
         assert repr(extractor.train(mode)(X)["noted"]) == repr(list(expected))
 
@@ -341,8 +342,8 @@ def block(extractor: nn.Module) -> Any:
         lambda e: block(e)._modules.__setitem__("second", linear()),
         lambda e: setattr(block(e), "_modules", dict(Block()._modules)),
         lambda e: setattr(e.a, "0", Block()),
-        lambda e: setattr(e, "a", nn.Sequential(Block())),
-        lambda e: e.add_module("a", nn.Sequential(Block())),
+        lambda e: setattr(e, "a", Sequential(Block())),
+        lambda e: e.add_module("a", Sequential(Block())),
         lambda e: e.add_submodule("a.0", Block()),
         lambda e: block(e).load_state_dict(Block().state_dict()),
         lambda e: register_parametrization(block(e).first, "weight", Doubled()),
@@ -354,7 +355,7 @@ def block(extractor: nn.Module) -> Any:
 )
 @parametrize("how", ["as made", "deepcopy", "pickle"])
 def test_changes_are_seen(change: Callable[[nn.Module], Any], how: str) -> None:
-    original = extract(net(lambda self, x: self.a(x), a=nn.Sequential(Block())), ["a"])
+    original = extract(net(lambda self, x: self.a(x), a=Sequential(Block())), ["a"])
     extractor = {"as made": lambda e: e, **COPIES}[how](original)
     before = extractor(X)["a"]
     change(extractor)
@@ -379,7 +380,7 @@ class Doubled(nn.Module):
     ],
 )
 def test_what_is_deleted_does_not_run(delete: Callable[[nn.Module], Any], error: str) -> None:
-    extractor = extract(nn.Sequential(nn.Sequential(Block())), ["0"])
+    extractor = extract(Sequential(Sequential(Block())), ["0"])
     delete(extractor)
     with pytest.raises((KeyError, AttributeError), match=error):
         extractor(X)
@@ -412,14 +413,14 @@ def test_a_graph_with_a_code_generator_of_its_own() -> None:
             super().__init__()
             self.scale = torch.ones(2)  # whose comparison is not a bool
 
-    graphs = [fx.Tracer().trace(nn.Sequential(nn.ReLU())) for _ in range(2)]
+    graphs = [fx.Tracer().trace(Sequential(nn.ReLU())) for _ in range(2)]
     for graph in graphs:
         graph.set_codegen(Generator())
-    assert equal(featx.DualGraphModule(nn.Sequential(nn.ReLU()), *graphs)(X), X.relu())
+    assert equal(featx.DualGraphModule(Sequential(nn.ReLU()), *graphs)(X), X.relu())
 
 
 def test_quantization_swaps_leaves() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3)).eval()
+    model = Sequential(Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3)).eval()
     extractor = extract(model, ["0.0", "1"])
     observer = torch.ao.quantization.MinMaxObserver
     extractor.qconfig = torch.ao.quantization.QConfig(observer, observer.with_args(dtype=torch.qint8))
@@ -432,8 +433,8 @@ def test_quantization_swaps_leaves() -> None:
 
 
 def test_weights_that_are_assigned_or_moved() -> None:
-    extractor = extract(nn.Sequential(Block()), ["0"])
-    other = extract(nn.Sequential(Block()), ["0"])
+    extractor = extract(Sequential(Block()), ["0"])
+    other = extract(Sequential(Block()), ["0"])
     options = {} if older(torch="2.1") else {"assign": True}
     extractor.load_state_dict(other.state_dict(), **options)
     assert equal(extractor(X)["0"], other(X)["0"])
@@ -441,7 +442,7 @@ def test_weights_that_are_assigned_or_moved() -> None:
 
 
 def test_quantization_of_an_extractor() -> None:
-    model = nn.Sequential(nn.Sequential(linear(), nn.ReLU()), linear()).eval()
+    model = Sequential(Sequential(linear(), nn.ReLU()), linear()).eval()
     extractor = extract(model, ["0", "1"])
     before = extractor(X)["1"]
     quantized = torch.ao.quantization.quantize_dynamic(extractor, {nn.Linear}, dtype=torch.qint8)
@@ -451,7 +452,7 @@ def test_quantization_of_an_extractor() -> None:
 
 
 def test_a_plain_attribute_in_an_edited_graph() -> None:
-    extractor = extract(nn.Sequential(linear()), "0")
+    extractor = extract(Sequential(linear()), "0")
     extractor.scale = torch.ones(4) * 3
     before = extractor(X)["0"]
     for graph in (extractor.train_graph, extractor.eval_graph):

@@ -9,6 +9,7 @@ from typing import Any, Iterator, Optional
 import pytest
 import torch
 from torch import equal, nn
+from torch.nn import Sequential
 
 from tests import featx
 from tests.conformance import slow
@@ -25,6 +26,7 @@ from tests.helpers import (
     recording,
     returned,
     run,
+    zoo,
 )
 from tests.nets import Block, Modes, build_with_input, net
 from tests.versions import older
@@ -65,17 +67,26 @@ def test_rules(calls: list[tuple[str, Optional[str]]], names: list[str]) -> None
     assert given_names(calls) == names
 
 
-def test_the_fast_way_equals_the_slow_one(rng: Any) -> None:
-    pieces = ["x", "x_1", "x_0", "x_2", "x_1_1", "_1", "a_x", "x_10", "x_00", None]
-    for _ in range(300):
-        count = rng.randrange(40)
-        scopes = rng.choices(["", "a", "a_1", "a.b"], k=count)
-        calls = []
-        for scope, own in zip(scopes, rng.choices(pieces, k=count)):
-            calls.append((scope, own) if scope else ("", own or "1"))
-        names = given_names(calls)
-        assert names == slow.names(calls), calls
-        assert len(set(names)) == len(names), calls
+PATHS = ["1", "_1", "a", "a_1", "a_2", "a.b", "a.b_1", "a_1.b", "x", "x_1", "x_1_1", "x_3"]
+OWN = ["x", "x_1", "x_0", "x_2", "x_1_1", "x_10", "x_00", "_1", "a_x", "a", "a_2_1", "b", "b_7"]
+
+
+@parametrize("exact", [False, True])
+def test_the_fast_way_equals_the_slow_one(rng: Any, exact: bool) -> None:
+    for _ in range(500):
+        paths = rng.sample(PATHS, rng.randrange(1, 8))
+        calls: list[tuple[str, str | None]] = []
+        for _ in range(rng.randrange(40)):
+            if rng.random() < 0.4:
+                calls.append((rng.choice(paths), None))
+            else:
+                calls.append((rng.choice(["", "a", "a_1", "a.b"]), rng.choice(OWN)))
+        names = given_names(calls, paths if exact else [])
+        assert names == (slow.exact_names(paths, calls) if exact else slow.names(calls)), (paths, calls)
+        assert len(set(names)) == len(names)
+        if exact:
+            for call, name in zip(calls, names):
+                assert name not in paths or call == (name, None)
 
 
 def test_a_descending_run_does_not_make_naming_slow() -> None:
@@ -130,7 +141,7 @@ def test_a_function_can_be_traced() -> None:
 
 
 def test_leaf_modules_and_non_leaf_modules() -> None:
-    model = nn.Sequential(Block(), nn.Identity())
+    model = Sequential(Block(), nn.Identity())
     closed = eval_names(model, {"leaf_modules": [Block]})
     opened = eval_names(model, {"non_leaf_modules": {nn.Identity, nn.Linear}})
     plain = ["input", *(f"0.{name}" for name in BLOCK), "1"]
@@ -144,7 +155,7 @@ def test_leaf_modules_and_non_leaf_modules() -> None:
     assert eval_names(model, both) == plain
 
 
-@pytest.mark.zoo
+@zoo
 def test_what_is_inside_of_torchvisions_modules_can_be_asked_for() -> None:
     ops = pytest.importorskip("torchvision.ops")
     model, x = build_with_input("efficientnet_b0")
@@ -178,7 +189,7 @@ def no_fast_path() -> Iterator[None]:
 @in_both_modes
 def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    model, x = nn.Sequential(layer).train(mode), X[None]
+    model, x = Sequential(layer).train(mode), X[None]
     names = eval_names(model, OPENED, exact=True)
     parts = ["self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2"]
     paths = [path for path, _ in model.named_modules()]
@@ -193,7 +204,7 @@ def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> 
 
 
 def test_what_fx_cannot_open_is_said() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
+    model = Sequential(nn.TransformerEncoderLayer(4, 2, 8))
     with pytest.raises(featx.UntraceableError, match=r"one operation \(non_leaf_modules win\);") as raised:
         node_names(model, OPENED)
     assert (raised.value.path, raised.value.module_type) == ("0", nn.TransformerEncoderLayer)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import Phase, assume, event, example, find, given, settings
 from hypothesis import strategies as st
 from torch import equal, nn
+from torch.nn import Sequential
 
 from tests import featx
 from tests.conformance import slow
@@ -215,7 +216,7 @@ def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, pic
     extractor = extract_in(model, list(queries), training, exact=True)
     with recording(model) as calls:
         values_of(extractor, training)
-    called = [path for path, _ in calls if not isinstance(model.get_submodule(path), (Built, nn.Sequential))]
+    called = [path for path, _ in calls if not isinstance(model.get_submodule(path), (Built, Sequential))]
     remaining = iter(before)
     assert all(path in remaining for path in called), f"{called} is not a part of {before}"
 
@@ -287,7 +288,7 @@ def returned(model: nn.Module, path: str) -> torch.Tensor:
 def test_what_tracing_loses_is_right_refused_or_said(
     plan: Net, training: bool, exact: bool, auto_leaf: bool, pick: int
 ) -> None:
-    model, Dice.seed = nn.Sequential(build(plan)).train(training), 0
+    model, Dice.seed = Sequential(build(plan)).train(training), 0
     paths = ["", *(path for path, module in model.named_modules() if not any(module.children()))]
     path = paths[pick % len(paths)]
     refused, losing = False, not LOST.isdisjoint(words_of(plan))

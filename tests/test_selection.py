@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import equal, nn
+from torch.nn import Sequential
 
-from tests.helpers import X, extract, feature, parametrize, same, select, suggestions
+from tests.helpers import X, extract, feature, parametrize, same, select
 from tests.nets import Block, Modes, linear, net
 
 NAMES = ["x", "layer1.0.conv", "layer1.0.relu", "layer1.1.conv", "layer10.conv", "fc", "fc_1"]
@@ -42,7 +43,7 @@ def test_each_query_is_resolved_by_itself() -> None:
     assert select(NAMES, queries) == select(NAMES, queries[::-1]) == expected
 
 
-MODEL = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
+MODEL = Sequential(Block(), Block(), nn.Linear(4, 2))
 
 
 @parametrize(
@@ -88,15 +89,3 @@ def test_a_value_of_any_structure_can_be_asked_for() -> None:
 def test_output_means_a_module_of_that_name_where_there_is_one() -> None:
     model = net(lambda self, x: self.output(x) * 2, output=linear())
     assert equal(feature(model, "output"), model.output(X))
-
-
-@parametrize(
-    ("query", "first"),
-    [("layer1.0.con", "layer1.0.conv"), ("layr1", "layer1"), ("fc_2", "fc_1"), ("layer_10", "layer10")],
-)
-def test_suggestions_put_the_likeliest_first(query: str, first: str) -> None:
-    assert suggestions(NAMES, query)[0] == first
-
-
-def test_no_suggestion_where_nothing_is_close() -> None:
-    assert suggestions(NAMES, "transformer") == []

@@ -13,9 +13,11 @@ from typing import Any, Callable
 import pytest
 import torch
 from torch import equal, nn
+from torch.nn import Sequential
 
 from tests import featx, nets
 from tests.helpers import (
+    MODES,
     X,
     by_torch_save,
     eval_names,
@@ -36,8 +38,9 @@ from tests.helpers import (
     traced,
     truth,
     without_number,
+    zoo,
 )
-from tests.nets import Block, build_on_meta, linear, net
+from tests.nets import Block, blocks, build_on_meta, linear, net
 from tests.versions import older
 
 KINDS = ["torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer"]
@@ -75,7 +78,7 @@ def as_leaves(model: nn.Module, queries: Any = "output") -> nn.Module:
 def outcomes(function: Callable[..., Any], parameters: list[nn.Parameter]) -> list[Any]:
     """Values, with their dtypes, and gradients; where gradients are enabled, and where they are not."""
     found: list[Any] = []
-    for enabled in (True, False):
+    for enabled in MODES:
         with torch.set_grad_enabled(enabled):
             value = seeded(function, X)
         gradients: Any = []
@@ -188,7 +191,7 @@ CASES = [(kind, forward) for kind, forwards in BLOCKS.items() for forward in for
 
 def around(forward: Callable[..., Any]) -> nn.Module:
     """A model, its module '1' with a forward."""
-    return nn.Sequential(linear(), net(forward, fc=linear(), scale=torch.rand(4)), nn.Identity())
+    return Sequential(linear(), net(forward, fc=linear(), scale=torch.rand(4)), nn.Identity())
 
 
 @parametrize(("kind", "forward"), CASES)
@@ -219,7 +222,7 @@ class Around(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.inner = nn.Sequential(Block(), Block())
+        self.inner = blocks()
         self.block = block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +232,7 @@ class Around(nn.Module):
 
 @parametrize("block", [torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_a_block_around_inner_modules_is_the_outer_ones(block: Any) -> None:
-    model = nn.Sequential(Block(), Around(block), Block())
+    model = Sequential(Block(), Around(block), Block())
     for query in ("1.inner.0", "1.inner.1", "output"):
         (message,) = said(model, query)
         assert "module '1' " in message
@@ -246,7 +249,7 @@ def test_one_warning_for_each_kind() -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             return self.fc(x + torch.rand(4)) * self.scale.sqrt()
 
-    model = nn.Sequential(around(everything), around(everything), around(no_grad))
+    model = Sequential(around(everything), around(everything), around(no_grad))
     messages = said(model)
     assert sorted(kinds_of(messages)) == sorted(KINDS[:4])
     assert all("module '0.1' " in message for message in messages)
@@ -322,7 +325,7 @@ NOTHING: dict[str, Callable[..., Any]] = {
 @parametrize("case", NOTHING)
 def test_no_false_alarm(case: str) -> None:
     members = {"scale": torch.rand(4), "index": torch.tensor([[1, 0], [3, 2]]), "weight": nn.Parameter(torch.rand(4))}
-    model = nn.Sequential(net(NOTHING[case], **members))
+    model = Sequential(net(NOTHING[case], **members))
     assert equal(feature(model), model(X))
     if case != "a number":  # whose int() cannot be traced where buffers are nodes
         assert equal(feature(model, exact=True), model(X))
@@ -355,7 +358,7 @@ def put(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 @parametrize("case", CONSTANTS)
 def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> None:
     inner = net(CONSTANTS[case], scale=torch.rand(4, dtype=torch.complex64 if case == "complex" else None))
-    model = nn.Sequential(linear(), inner)
+    model = Sequential(linear(), inner)
     before = model(X)
     (message,) = said(model)
     assert "buffers" in message
@@ -458,12 +461,12 @@ def test_what_is_drawn_like_the_input_is_a_node() -> None:
 
 @parametrize("forward", [no_grad, enable, cast, noise])
 def test_the_models_own_forward(forward: Callable[..., Any]) -> None:
-    model = net(forward, body=nn.Sequential(Block()), bad=around(no_grad), fc=linear())
+    model = net(forward, body=Sequential(Block()), bad=around(no_grad), fc=linear())
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
     for auto_leaf in (False, True):
         assert refused(model, "", "the model's own forward", auto_leaf=auto_leaf).traceable == ["body"]
-    check_as_leaves(nn.Sequential(model))
+    check_as_leaves(Sequential(model))
 
 
 def test_the_model_computes_from_buffers() -> None:
@@ -483,18 +486,18 @@ def replaced(model: nn.Module) -> nn.Module:
 
 
 def test_a_replaced_forward_is_refused_said_or_in_a_sequential_right() -> None:
-    model = replaced(nn.Sequential(Block(), Block()))
+    model = replaced(blocks())
     for query in ("input", "0", "output"):
         (message,) = said(model, query)
         assert "replaced on the instance" in message
-        assert "nn.Sequential(model)" in message
+        assert "Sequential(model)" in message
     assert refused(model, "", r"nn\.Sequential\(model\)", auto_leaf=True).traceable == ["0", "1"]
     for mended in (False, True):
-        assert equal(feature(nn.Sequential(model), exact=mended), model(X))
+        assert equal(feature(Sequential(model), exact=mended), model(X))
 
 
 def test_a_replaced_forward_inside_is_traced() -> None:
-    model = nn.Sequential(Block(), replaced(Block()), replaced(nn.Sequential(Block())))
+    model = Sequential(Block(), replaced(Block()), replaced(Sequential(Block())))
     for mended in (False, True):
         assert equal(feature(model, exact=mended), model(X))
 
@@ -503,7 +506,7 @@ def test_a_replaced_forward_inside_is_traced() -> None:
 
 
 def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
-    busy = nn.Sequential(*(around(forward) for forward in (no_grad, enable, cast_in_no_grad)))
+    busy = Sequential(*(around(forward) for forward in (no_grad, enable, cast_in_no_grad)))
     found: list[Any] = []
 
     def elsewhere() -> None:
@@ -527,7 +530,7 @@ def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
 
 
 def test_what_the_thread_is_in_is_no_block() -> None:
-    model = nn.Sequential(Block(), around(plain))
+    model = Sequential(Block(), around(plain))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert said(model) == said(model, exact=True) == []
     with torch.inference_mode():
@@ -639,7 +642,7 @@ class FrozenBody(nn.Module):
 def test_a_frozen_body_in_a_trained_head() -> None:
     models = pytest.importorskip("torchvision.models")
     body = FrozenBody(models.resnet18(weights=None, num_classes=8))
-    model = nn.Sequential(body, Block(8), nn.Linear(8, 2)).eval()
+    model = Sequential(body, Block(8), nn.Linear(8, 2)).eval()
     right, x = as_leaves(model, ["0", "output"]), torch.rand(2, 3, 64, 64)
     parameters = list(model.parameters())
 
@@ -679,7 +682,7 @@ def test_autocast_in_one_block_of_a_vit() -> None:
 # ----------------------------------------------------------------------------------------- the zoo
 
 
-@pytest.mark.zoo
+@zoo
 @parametrize("name", nets.collected(nets.traceable))
 def test_the_zoo_is_silent_and_gains_nodes_of_buffers_alone(name: str) -> None:
     model = build_on_meta(name)
@@ -688,7 +691,7 @@ def test_the_zoo_is_silent_and_gains_nodes_of_buffers_alone(name: str) -> None:
         extract(model, None, *names)
     assert kinds_of(texts(caught)) == []
     buffers = {path for path, _ in model.named_buffers()}
-    for mode in (True, False):
+    for mode in MODES:
         before = traced(model.train(mode), exact=True)[0].names
         nodes, gained = traced(model, buffers=True, exact=True)[0].node_to_qualname, set()
         for node in nodes:  # buffers, and operations on nothing else
