@@ -256,7 +256,8 @@ def same(a: Any, b: Any) -> bool:
         if not (isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape):
             return False
         if a.is_quantized:
-            a, b = a.dequantize(), b.dequantize()
+            a = a.dequantize()
+            b = b.dequantize()
         return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)

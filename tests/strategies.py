@@ -206,7 +206,8 @@ class Built(nn.Module):
         return value
 
     def _step_apply(self, values: List[Any], operation: str, first: int, second: int, assigned: bool) -> None:
-        value, other = pick(values, first), pick(values, second)
+        value = pick(values, first)
+        other = pick(values, second)
         for own, function in OPERATIONS[operation].items():
             value = self._note(own, function(value, other))
         if assigned and operation not in ("column", "flat"):

@@ -64,7 +64,8 @@ def error_name(error: Exception) -> str:
 def same_pairs(answer: Any, expected: Any) -> bool:
     """Equal results; the order of queries that mean one node is not laid down."""
     for mode in MODES:
-        pairs, wanted = answer[mode], expected[mode]
+        pairs = answer[mode]
+        wanted = expected[mode]
         if [position for _, position in pairs] != [position for _, position in wanted]:
             return False
         if sorted(map(str, pairs)) != sorted(map(str, wanted)):
@@ -172,7 +173,8 @@ def calls_of(vector: Mapping[str, Any]) -> list[slow.Call]:
 
 @each("naming")
 def test_naming(vector: dict[str, Any]) -> None:
-    paths, calls = vector.get("paths", []), calls_of(vector)
+    paths = vector.get("paths", [])
+    calls = calls_of(vector)
     assert given_names(calls, paths) == vector["names"]
     assert (slow.exact_names(paths, calls) if paths else slow.names(calls)) == vector["names"]
     assert len(set(vector["names"])) == len(calls)
@@ -182,7 +184,8 @@ class StandIn:
     """What torchvision's namer looks at of a node."""
 
     def __init__(self, call: slow.Call) -> None:
-        self.op, self.name = "call_module" if call[1] is None else "call_function", call[1]
+        self.op = "call_module" if call[1] is None else "call_function"
+        self.name = call[1]
 
     def __str__(self) -> str:
         return str(self.name)
@@ -275,7 +278,8 @@ def test_suggestions_for_drawn_names(rng: random.Random) -> None:
 
     found = 0
     for _ in range(500):
-        names, query = [draw() for _ in range(6)], draw()
+        names = [draw() for _ in range(6)]
+        query = draw()
         found += len(slow.suggestions(names, query))
         assert suggestions(names, query) == slow.suggestions(names, query), (names, query)
     assert found > 100
@@ -284,7 +288,8 @@ def test_suggestions_for_drawn_names(rng: random.Random) -> None:
 def answer_of(library: Any, vector: Mapping[str, Any]) -> dict[str, Any]:
     """A library's answer by its public function, on a real model that has the names."""
     names = by_mode(vector["names"])
-    model, kwargs = real.Chain(names), {"leaf_modules": [real.Leaf]}
+    model = real.Chain(names)
+    kwargs = {"leaf_modules": [real.Leaf]}
     with ignored_warnings():  # of misleading names and of modes that differ
         listed = library.get_graph_node_names(model, dict(kwargs))
         assert dict(zip(MODES, map(list, listed))) == names, "the model is not what it should be"
@@ -347,7 +352,8 @@ def test_selection_by_torchvision(vector: dict[str, Any]) -> None:
 def operations_of(vector: Mapping[str, Any]) -> list[Any]:
     operations = []
     for node in vector["nodes"]:
-        writes, views = tuple(node["writes"]), tuple(node["views"])
+        writes = tuple(node["writes"])
+        views = tuple(node["views"])
         operations.append(operation(*node["inputs"], writes=writes, views=views, kind=node["kind"]))
     return operations
 
@@ -363,7 +369,8 @@ def reads_of(vector: Mapping[str, Any]) -> list[tuple[int, int]]:
 def test_pruning(vector: dict[str, Any]) -> None:
     requested = vector.get("requested", [])
     reads = [] if requested else reads_of(vector)
-    operations, program = operations_of(vector), program_of(vector)
+    operations = operations_of(vector)
+    program = program_of(vector)
     expected = {(entry["position"], entry["after"]): entry["by"] for entry in vector["overwritten"]}
     assert staying(operations, requested, reads) == vector["stays"]
     assert overwritten(operations, vector["stays"], reads_of(vector)) == expected
@@ -440,7 +447,8 @@ def test_pruning_by_torchvision(vector: dict[str, Any]) -> None:
 def test_pruning_of_drawn_programs(rng: random.Random) -> None:
     for _ in range(300):
         vector = drawn_program(rng)
-        operations, program = operations_of(vector), program_of(vector)
+        operations = operations_of(vector)
+        program = program_of(vector)
         size = len(program)
         requested = rng.sample(range(size), rng.randrange(min(size, 3) + 1))
         starts = [rng.randrange(size) for _ in range(rng.randrange(3))]
@@ -469,7 +477,8 @@ def drawn_program(rng: random.Random) -> dict[str, Any]:
 def skip_elsewhere() -> None:
     """The files are those of one pair of versions."""
     pytest.importorskip("torchvision")
-    here, there = generate.versions(), load("zoo/resnet18")["made_by"]
+    here = generate.versions()
+    there = load("zoo/resnet18")["made_by"]
     for name in ("torch", "torchvision"):
         if here[name] != there[name]:
             pytest.skip(f"the files were made by torch {there['torch']} and torchvision {there['torchvision']}")
@@ -500,7 +509,8 @@ def test_all_files_are_of_one_origin_which_the_readme_says() -> None:
 def test_shapes_are_those_of_eager_execution(name: str) -> None:
     """On a CPU, by hooks; nothing of fx is in it."""
     skip_elsewhere()
-    model, document = build(name), load(f"zoo/{name}")
+    model = build(name)
+    document = load(f"zoo/{name}")
     x = torch.rand(document["input"]["shape"], generator=torch.Generator().manual_seed(0))
     for mode in MODES:
         with recording(model.train(mode == "train"), generate.shape) as calls:

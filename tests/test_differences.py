@@ -126,7 +126,8 @@ def test_d04_deepcopy_keeps_mode_graphs_and_hooks() -> None:
     kept = older(torch="2.14")  # the copy's mode, in torch itself
     for extractor in (theirs.eval(), ours.eval()):
         extractor.register_forward_hook(lambda module, inputs, output: {**output, "hooked": 1})
-    their_copy, our_copy = copy.deepcopy(theirs), copy.deepcopy(ours)
+    their_copy = copy.deepcopy(theirs)
+    our_copy = copy.deepcopy(ours)
     assert their_copy.training is not kept
     assert "hooked" not in their_copy(X)
     assert torch.allclose(their_copy(X)["add"], theirs(X)["add"] - (0 if kept else 1))
@@ -389,7 +390,8 @@ def test_d19_the_models_own_output() -> None:
 
 def test_d20_modules_of_torchvision_can_be_opened() -> None:
     block = pytest.importorskip("torchvision.ops").Conv2dNormActivation
-    model, kwargs = Sequential(block(3, 4)), {"non_leaf_modules": [block]}
+    model = Sequential(block(3, 4))
+    kwargs = {"non_leaf_modules": [block]}
     with pytest.raises(TypeError):
         torchvision.get_graph_node_names(model, dict(kwargs))
     assert torchvision.get_graph_node_names(model)[1] == eval_names(model) == ["input", "0"]

@@ -289,7 +289,8 @@ def test_a_fresh_process_needs_no_code_of_the_model(extract: Extract, name: str,
 
 def test_safetensors(extract: Extract, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    model, file = Branches(), tmp_path / "extractor.safetensors"
+    model = Branches()
+    file = tmp_path / "extractor.safetensors"
     seeded(model.train(), X)  # statistics that are not those of a new model
     safetensors.save_file(extract(model, MODES).state_dict(), file)
     extractor = extract(Branches(), MODES)
@@ -306,7 +307,8 @@ def tied() -> nn.Module:
 
 def test_safetensors_of_tied_weights(extract: Extract, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    model, file = tied(), str(tmp_path / "extractor.safetensors")
+    model = tied()
+    file = str(tmp_path / "extractor.safetensors")
     safetensors.save_model(extract(model, BLOCKS), file)
     assert len({"0.first.weight", "1.first.weight"} & set(safetensors.load_file(file))) == 1
     extractor = extract(tied(), BLOCKS)
@@ -319,7 +321,8 @@ def test_safetensors_of_tied_weights(extract: Extract, tmp_path: Path) -> None:
 @parametrize("assign", [False, True])
 @parametrize("name", ZOO)
 def test_the_models_state_dict(extract: Extract, name: str, assign: bool) -> None:
-    model, paths = build(name).eval(), itself(ZOO[name])
+    model = build(name).eval()
+    paths = itself(ZOO[name])
     extractor = extract(build(name).eval(), paths)
     expected = eager(model, paths, IMAGES)
     assert differ(extractor(IMAGES), expected)
@@ -403,7 +406,8 @@ class EarlyByHook(nn.Module):
 
     def __init__(self, model: nn.Module, paths: Mapping[str, str]) -> None:
         super().__init__()
-        self.model, self.paths = model, paths
+        self.model = model
+        self.paths = paths
 
     def forward(self, x: torch.Tensor) -> Values:
         return eager(self.model, self.paths, x)
@@ -460,7 +464,8 @@ def test_fsdp(extract: Extract, tmp_path: Path) -> None:
 
 
 def test_functional_call(extract: Extract) -> None:
-    model, other = Branches(), Branches()
+    model = Branches()
+    other = Branches()
     extractor = extract(model, MODES)
     state = {name: other.state_dict()[name] for name in extractor.state_dict()}
     before = copy.deepcopy(model.state_dict())
@@ -538,7 +543,8 @@ def test_channels_last(extract: Extract, mode: bool) -> None:
 @in_both_modes
 @parametrize("name", ZOO)
 def test_gradients(extract: Extract, name: str, mode: bool) -> None:
-    model, paths = build(name).train(mode), itself(ZOO[name])
+    model = build(name).train(mode)
+    paths = itself(ZOO[name])
     extractor = extract(model, paths)
     actual = gradients(seeded(extractor, IMAGES), extractor)
     assert same(actual, gradients(eager(model, paths, IMAGES, clone=False), extractor))
@@ -616,7 +622,8 @@ def test_changed_weights(extract: Extract, change: str, first: str) -> None:
 def test_checkpoint(extract: Extract, mode: bool, use_reentrant: bool) -> None:
     model = Branches().train(mode)
     extractor = extract(model, MODES)
-    x, twin = X.clone().requires_grad_(), X.clone().requires_grad_()
+    x = X.clone().requires_grad_()
+    twin = X.clone().requires_grad_()
     calls: list[int] = []
 
     def forward(x: torch.Tensor) -> Any:
@@ -693,7 +700,8 @@ def test_shapes_without_values(extract: Extract) -> None:
 
 
 def test_averaged_weights(extract: Extract) -> None:
-    model, other = Branches().eval(), Branches().eval()
+    model = Branches().eval()
+    other = Branches().eval()
     extractor = extract(copy.deepcopy(model), MODES)
     averaged = AveragedModel(extractor)
     averaged.update_parameters(extractor)

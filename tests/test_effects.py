@@ -120,7 +120,8 @@ class Merging(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.delta = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.ones(4, 4))
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+        self.delta = nn.Parameter(torch.ones(4, 4))
         self.merged = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,8 @@ class Swapping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.backup = nn.Parameter(torch.ones(4, 4)), {}
+        self.weight = nn.Parameter(torch.ones(4, 4))
+        self.backup = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight
@@ -209,7 +211,9 @@ def test_containers_of_all_sorts() -> None:
         return self.fc(x)
 
     model = net(forward, fc=linear())
-    model.counts, model.strange, model.cycle = collections.defaultdict(int, {"a": 1}), Strange([1]), []
+    model.counts = collections.defaultdict(int, {"a": 1})
+    model.strange = Strange([1])
+    model.cycle = []
     model.cycle.append(model.cycle)
     deep = model.deep = []
     for _ in range(3000):
@@ -336,10 +340,13 @@ def extracted(model: nn.Module) -> list[str]:
 
 @parametrize("work", [featx.get_graph_node_names, extracted])
 def test_other_threads_run_their_models_while_one_traces(work: Callable[[nn.Module], Any]) -> None:
-    errors, served = [], []
+    errors = []
+    served = []
     done = threading.Event()
-    others, mine = Modes().eval(), Block()
-    expected, result = others(X), work(mine)
+    others = Modes().eval()
+    mine = Block()
+    expected = others(X)
+    result = work(mine)
 
     def serve() -> None:
         try:

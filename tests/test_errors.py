@@ -269,7 +269,8 @@ def test_no_warning_where_the_modes_agree_or_it_is_suppressed() -> None:
 
 
 def test_the_warning_function_itself() -> None:
-    train, evaluation = featx.NodePathTracer(), featx.NodePathTracer()
+    train = featx.NodePathTracer()
+    evaluation = featx.NodePathTracer()
     train.trace(Modes())
     evaluation.trace(Modes().eval())
     with pytest.warns(UserWarning, match="only in train"):

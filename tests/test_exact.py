@@ -233,9 +233,11 @@ def test_structures_come_back(structure: str) -> None:
     value = run(exact(model, ["inner", "last"]))["inner"]
     if structure == "dataclass":
         assert isinstance(value, Record)
-        expected, value = dataclasses.astuple(expected), dataclasses.astuple(value)
+        expected = dataclasses.astuple(expected)
+        value = dataclasses.astuple(value)
     elif structure in ("chunks", "named_tuple_of_torch"):
-        expected, value = tuple(expected), tuple(value)
+        expected = tuple(expected)
+        value = tuple(value)
     assert same(value, expected)
 
 
@@ -496,7 +498,9 @@ def test_dropout_in_place_writes_in_train_mode_only() -> None:
 class Misleading(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.ln_1, self.ln_2, self.relu = nn.LayerNorm(4), nn.LayerNorm(4), nn.ReLU(inplace=True)
+        self.ln_1 = nn.LayerNorm(4)
+        self.ln_2 = nn.LayerNorm(4)
+        self.relu = nn.ReLU(inplace=True)
         self.pair = net(lambda self, x: (x * 2, x + 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,8 @@ def no_fast_path() -> Iterator[None]:
 @in_both_modes
 def test_what_is_inside_of_a_transformers_layer_can_be_asked_for(mode: bool) -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    model, x = Sequential(layer).train(mode), X[None]
+    model = Sequential(layer).train(mode)
+    x = X[None]
     names = eval_names(model, OPENED, exact=True)
     parts = ["self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2"]
     paths = [path for path, _ in model.named_modules()]

@@ -57,7 +57,8 @@ def test_drawn_nodes(name: str, rng: random.Random) -> None:
     return_nodes = {query: f"key of {query}" for query in queries}
     ours = extract_quietly(model, return_nodes)
     reference = quietly(model, return_nodes=return_nodes)
-    kept, needed = list(reference.state_dict()), list(ours.state_dict())
+    kept = list(reference.state_dict())
+    needed = list(ours.state_dict())
     if any(name.endswith("_assert") for name in evaluation):  # which keep modules alive that nothing needs: D02
         kept = [key for key in kept if key in needed]
     assert needed == kept

@@ -165,7 +165,8 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @example(A_BUFFER_AS_A_FEATURE, True, 0)
 def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
     expected = expected_exact(plan, training)
-    queries, model = random.Random(seed).sample(list(expected), len(expected)), build(plan)
+    queries = random.Random(seed).sample(list(expected), len(expected))
+    model = build(plan)
     assert_same(values_of(extract_in(model, queries, training, exact=True), training), expected)
     for query, value in expected.items():
         assert_same(values_of(extract_in(model, query, training, exact=True), training), {query: value})
@@ -211,7 +212,8 @@ PICKS = st.lists(st.integers(0, 30), min_size=1, max_size=3).map(tuple)
 @given(plans(), st.booleans(), PICKS)
 def test_no_module_runs_after_the_last_one_needed(plan: Net, training: bool, picks: tuple[int, ...]) -> None:
     queries, last = chosen(plan, training, picks)
-    model, entries = build(plan), eager(plan, training).entries
+    model = build(plan)
+    entries = eager(plan, training).entries
     before = [entry.scope for entry in entries[: last + 1] if entry.module is not None and entry.is_node]
     extractor = extract_in(model, list(queries), training, exact=True)
     with recording(model) as calls:
@@ -288,10 +290,12 @@ def returned(model: nn.Module, path: str) -> torch.Tensor:
 def test_what_tracing_loses_is_right_refused_or_said(
     plan: Net, training: bool, exact: bool, auto_leaf: bool, pick: int
 ) -> None:
-    model, Dice.seed = Sequential(build(plan)).train(training), 0
+    model = Sequential(build(plan)).train(training)
+    Dice.seed = 0
     paths = ["", *(path for path, module in model.named_modules() if not any(module.children()))]
     path = paths[pick % len(paths)]
-    refused, losing = False, not LOST.isdisjoint(words_of(plan))
+    refused = False
+    losing = not LOST.isdisjoint(words_of(plan))
     with heard() as caught:
         try:
             extractor = extract(model, {path or "output": "value"}, exact=exact, auto_leaf=auto_leaf)
@@ -320,7 +324,8 @@ def _names_are_no_code() -> Any:
     def execute(*args: Any, **kwargs: Any) -> None:
         raise Executed
 
-    hook, sys.breakpointhook = sys.breakpointhook, execute
+    hook = sys.breakpointhook
+    sys.breakpointhook = execute
     yield
     sys.breakpointhook = hook
 
@@ -343,7 +348,8 @@ ARGUMENTS = st.sampled_from([None, {"x": None}, {"y": 1}, {"scale": 2.0}, [1], {
 def test_nothing_is_changed_and_all_errors_are_documented(
     plan: Net, training: bool, asked: Any, concrete_args: Any, exact: bool, auto_leaf: bool
 ) -> None:
-    model, kwargs = build(plan).train(training), {"leaf_modules": [*LEAF_CLASSES]}
+    model = build(plan).train(training)
+    kwargs = {"leaf_modules": [*LEAF_CLASSES]}
     options = {"exact": exact, "auto_leaf": auto_leaf, "concrete_args": concrete_args}
     given_arguments = copy.deepcopy((asked, concrete_args))
     with ignored_warnings(), untouched(model):

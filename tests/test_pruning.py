@@ -72,7 +72,8 @@ def test_drawn_nodes_of_models_with_unassigned_writes(name: str, rng: random.Ran
 @parametrize("kind", IN_PLACE)
 def test_a_write_is_kept_while_something_later_reads_the_memory(kind: str) -> None:
     model = writes_in_place(kind).eval()
-    expected, untouched = run(model), run(model.linear)
+    expected = run(model)
+    untouched = run(model.linear)
     assert not equal(expected, untouched), "the write makes no difference, so this net shows nothing"
     last = eval_names(model)[-1]
     actual = run(extract(model, [last, "output"]))
@@ -180,7 +181,8 @@ def test_a_buffer_that_is_written_and_read_again() -> None:
 
 def test_the_output_reads_its_values_when_all_is_done() -> None:
     def forward(self: Any, x: Any) -> Any:
-        a, b = x * 2, x * 3
+        a = x * 2
+        b = x * 3
         a.add_(1)
         b.mul_(2)
         c = x * 4
@@ -326,7 +328,8 @@ def test_a_write_by_keyword() -> None:
 
 def test_a_write_into_several_outputs() -> None:
     def forward(self: Any, x: Any) -> Any:
-        values, indices = x * 0, (x * 0).long()
+        values = x * 0
+        indices = (x * 0).long()
         torch.sort(x, out=(values, indices))
         return values * 2
 

@@ -90,7 +90,8 @@ def outcomes(function: Callable[..., Any], parameters: list[nn.Parameter]) -> li
 
 def check_as_leaves(model: nn.Module) -> None:
     """Where what cannot be traced becomes a leaf, values and gradients are the model's."""
-    right, parameters = as_leaves(model), list(model.parameters())
+    right = as_leaves(model)
+    parameters = list(model.parameters())
     assert same(outcomes(lambda x: right(x)["output"], parameters), outcomes(model, parameters))
 
 
@@ -202,7 +203,8 @@ def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]
         assert part in message
     refused(model, "1", kind)
     parameters = list(model.parameters())
-    expected, right = outcomes(model, parameters), as_leaves(model, {"output": "y", "0": "first", "1": "second"})
+    expected = outcomes(model, parameters)
+    right = as_leaves(model, {"output": "y", "0": "first", "1": "second"})
     assert same(outcomes(lambda x: right(x)["y"], parameters), expected)
     assert same(outcomes(lambda x: right(x)["second"], parameters), expected)
     assert same(extract_quietly(model, "output")(X)["output"], truth(model)["2"])  # which is what torch.fx gives
@@ -363,7 +365,8 @@ def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> N
     (message,) = said(model)
     assert "buffers" in message
     assert "module '1' " in message
-    default, right = extract_quietly(model, "output"), exact(model, "output")
+    default = extract_quietly(model, "output")
+    right = exact(model, "output")
     assert equal(default(X)["output"], before)
     state = {key: value + 0.5 for key, value in model.state_dict().items()}
     for module in (model, right):
@@ -410,7 +413,8 @@ def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
     assert any("assigns a buffer" in message for message in said(model))
     refused(model, "1", "assigns a buffer")
     refused(model[1], "", "assigns a buffer")
-    right, reference = as_leaves(model), copy.deepcopy(model)
+    right = as_leaves(model)
+    reference = copy.deepcopy(model)
     for _ in range(3):
         assert equal(right(X)["output"], reference(X))
 
@@ -618,7 +622,8 @@ class FrozenBatchNorm2d(nn.Module):
 def test_a_frozen_batch_norm_follows_its_checkpoint() -> None:
     models = pytest.importorskip("torchvision.models")
     model = models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d).eval()
-    queries, x = ["bn1", "layer1", "layer4", ""], torch.rand(1, 3, 64, 64)
+    queries = ["bn1", "layer1", "layer4", ""]
+    x = torch.rand(1, 3, 64, 64)
     assert kinds_of(said(model, queries[1:3])) == ["buffers"]
     right = exact(model, {query or "output": query for query in queries})
     assert sorted(right.state_dict()) == sorted(model.state_dict())
@@ -643,7 +648,8 @@ def test_a_frozen_body_in_a_trained_head() -> None:
     models = pytest.importorskip("torchvision.models")
     body = FrozenBody(models.resnet18(weights=None, num_classes=8))
     model = Sequential(body, Block(8), nn.Linear(8, 2)).eval()
-    right, x = as_leaves(model, ["0", "output"]), torch.rand(2, 3, 64, 64)
+    right = as_leaves(model, ["0", "output"])
+    x = torch.rand(2, 3, 64, 64)
     parameters = list(model.parameters())
 
     def gradients(value: torch.Tensor) -> list[Any]:
@@ -693,7 +699,8 @@ def test_the_zoo_is_silent_and_gains_nodes_of_buffers_alone(name: str) -> None:
     buffers = {path for path, _ in model.named_buffers()}
     for mode in MODES:
         before = traced(model.train(mode), exact=True)[0].names
-        nodes, gained = traced(model, buffers=True, exact=True)[0].node_to_qualname, set()
+        nodes = traced(model, buffers=True, exact=True)[0].node_to_qualname
+        gained = set()
         for node in nodes:  # buffers, and operations on nothing else
             operands = node.all_input_nodes
             computed = node.op != "call_module" and operands and gained.issuperset(operands)

@@ -44,7 +44,8 @@ def test_the_default_run_has_the_ends_and_torch_alone() -> None:
 @IN_TOX
 def test_what_is_installed_is_what_tox_says() -> None:
     for library, pin in pinned(os.environ["TOX_ENV_NAME"]).items():
-        found, wanted = version(library), None if pin == "none" else numbers(pin)
+        found = version(library)
+        wanted = None if pin == "none" else numbers(pin)
         assert (found and wanted and found[: len(wanted)]) == wanted, library
 
 

@@ -57,7 +57,8 @@ def needs(path: str, **limit: str) -> pytest.MarkDecorator:
     Traceback (most recent call last):
     AssertionError: torch.fx is there, which should come with torch 99
     """
-    present, text = exists(path), " and ".join(" ".join(pair) for pair in limit.items())
+    present = exists(path)
+    text = " and ".join(" ".join(pair) for pair in limit.items())
     if present == older(**limit):
         raise AssertionError(f"{path} is {'there' if present else 'not there'}, which should come with {text}")
     return pytest.mark.skipif(not present, reason=f"{path} came with {text}")

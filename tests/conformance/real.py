@@ -73,7 +73,10 @@ def run(program: Sequence[Mapping[str, Any]], arguments: Sequence[Any], fetch: C
 
 def operation(place: int, node: Mapping[str, Any], taken: Values) -> Any:
     """The value of a node, by one function or method of torch."""
-    inputs, writes, views, number = node["inputs"], node["writes"], node["views"], float(place + 1)
+    inputs = node["inputs"]
+    writes = node["writes"]
+    views = node["views"]
+    number = float(place + 1)
     if node["kind"] == "assert":
         return torch._assert(taken[0], "all values are positive")
     first = taken[0]

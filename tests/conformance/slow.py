@@ -74,7 +74,8 @@ class NoMatch(Exception):
 
     def __init__(self, query: str, suggestions: List[str]) -> None:
         super().__init__(query)
-        self.query, self.suggestions = query, suggestions
+        self.query = query
+        self.suggestions = suggestions
 
 
 class TwoQueriesOneKey(Exception):
@@ -153,7 +154,9 @@ def memories(program: Sequence[Node]) -> List[FrozenSet[int]]:
 
 def staying(program: Sequence[Node], requested: Iterable[int], reads: Iterable[Read] = ()) -> List[int]:
     """The nodes that must run: begin with what is asked for, add what is missing until nothing is."""
-    memory, reads, requested = memories(program), list(reads), list(requested)
+    memory = memories(program)
+    reads = list(reads)
+    requested = list(requested)
     cut = max([*requested, *(after for _, after in reads)], default=-1)
     here = {place for place, node in enumerate(program) if node.kind == "placeholder"}
     here |= {place for place, node in enumerate(program) if node.kind == "assert" and place <= cut}
