@@ -62,6 +62,20 @@ def exact(model: nn.Module, *queries: Any, **options: Any) -> Any:
     return extract(model, *queries, exact=True, **options)
 
 
+def as_leaves(model: nn.Module, queries: Any = "output") -> Any:
+    """An exact extractor in which what cannot be traced became leaves."""
+    return extract_quietly(model, queries, exact=True, auto_leaf=True)
+
+
+def refused(model: nn.Module, path: str, match: str | None = None, **options: Any) -> Any:
+    """The error, where a model has no exact names; the module with this path is to blame."""
+    with pytest.raises(featx.UntraceableError, match=match) as raised:
+        node_names(model, **{"exact": True, **options})
+    assert raised.value.path == path
+    assert raised.value.module_type is type(model.get_submodule(path))
+    return raised.value
+
+
 def node_names(model: Any, *arguments: Any, **options: Any) -> Any:
     """The names in train mode and in eval mode; that they differ is another test's."""
     return featx.get_graph_node_names(model, *arguments, **{"suppress_diff_warning": True, **options})

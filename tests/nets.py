@@ -66,6 +66,32 @@ class Modes(nn.Module):
         return self.head(features) * 2
 
 
+def misleading() -> nn.Module:
+    """The names of ln_1 and of pair are those of other values, and relu writes into what ln_2 returned."""
+
+    def forward(self: Any, x: Any) -> Any:
+        return self.pair(self.relu(self.ln_2(self.ln_1(x))))[0]
+
+    return net(
+        forward,
+        ln_1=nn.LayerNorm(4),
+        ln_2=linear(),
+        relu=nn.ReLU(inplace=True),
+        pair=net(lambda self, x: (x * 2, x + 1)),
+    )
+
+
+class Rectifying(nn.Module):
+    """A part of it works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(x) + 1
+
+
 # What a forward does to its value y before it returns y * 1; each is dropped by a plain dead-code pass.
 IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
     "module": lambda self, y: self.relu(y),

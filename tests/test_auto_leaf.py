@@ -11,7 +11,7 @@ from torch import equal, nn
 from torch.nn import Sequential
 
 from tests import featx, nets
-from tests.helpers import MODES, X, eval_names, extract, node_names, parametrize, same, zoo
+from tests.helpers import MODES, X, eval_names, extract, node_names, parametrize, refused, same, zoo
 from tests.nets import Block, build_on_meta, linear, net
 
 
@@ -118,8 +118,8 @@ def test_it_is_added_to_what_the_caller_passes_and_non_leaf_modules_win() -> Non
     kwargs = {"leaf_modules": [Block]}
     with pytest.warns(UserWarning, match="became leaves"):
         assert eval_names(model, kwargs, auto_leaf=True) == ["input", "0", "1"]
-    with pytest.raises(featx.UntraceableError, match="Branching at '1'"):
-        node_names(model, {"non_leaf_modules": [Branching]}, auto_leaf=True)
+    kwargs = {"non_leaf_modules": [Branching]}
+    refused(model, "1", "Branching at '1'", exact=False, auto_leaf=True, tracer_kwargs=kwargs)
 
 
 def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
@@ -128,10 +128,9 @@ def test_the_models_own_forward_and_the_children_that_can_be_traced() -> None:
 
     model = net(forward, backbone=Sequential(Block()), head=linear(), bad=Sequential(Branching()))
     for auto_leaf in MODES:
-        with pytest.raises(featx.UntraceableError, match="the model's own forward") as raised:
-            node_names(model, auto_leaf=auto_leaf)
-        assert raised.value.traceable == ["backbone"]
-        assert str(raised.value).endswith("\nIts children backbone can be traced by themselves.")
+        error = refused(model, "", "the model's own forward", exact=False, auto_leaf=auto_leaf)
+        assert error.traceable == ["backbone"]
+        assert str(error).endswith("\nIts children backbone can be traced by themselves.")
 
 
 @zoo

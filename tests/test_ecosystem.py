@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import featx, helpers
 from tests.helpers import ROOT, as_it_is, in_both_modes, parametrize, python, recording, same, seeded, snapshot
-from tests.nets import Block, build, linear
+from tests.nets import Block, build, linear, net
 from tests.versions import needs
 
 # fully_shard became public with torch 2.6; the tools that all of this is about change with each release.
@@ -401,20 +401,9 @@ def mean_gradients(model: nn.Module, names: list[str], losses: list[torch.Tensor
     return {name: (a + b) / 2 for name, a, b in zip(names, first, second)}
 
 
-class EarlyByHook(nn.Module):
-    """A whole model of which an early feature is used."""
-
-    def __init__(self, model: nn.Module, paths: Mapping[str, str]) -> None:
-        super().__init__()
-        self.model = model
-        self.paths = paths
-
-    def forward(self, x: torch.Tensor) -> Values:
-        return eager(self.model, self.paths, x)
-
-
 def ddp_without_an_extractor(rank: int) -> str:
-    wrapped = nn.parallel.DistributedDataParallel(EarlyByHook(resnet(), RESNET), find_unused_parameters=False)
+    whole = net(lambda self, x: eager(self.model, RESNET, x), model=resnet())
+    wrapped = nn.parallel.DistributedDataParallel(whole, find_unused_parameters=False)
     loss_of(wrapped(images_of(rank, 0))).backward()
     with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration") as caught:
         wrapped(images_of(rank, 1))
@@ -771,15 +760,6 @@ class Decides(nn.Module):
         return x + 1 if x.sum() > 0 else x - 1
 
 
-class Keyed(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: torch.Tensor) -> dict[str, Any]:
-        return {"key": self.module(x)}
-
-
 class Eigenvalues(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.eigvals(x[:4]).abs()
@@ -850,7 +830,7 @@ LIMITS: dict[str, Limit] = {
         "TorchScript knows no try, and a leaf is compiled as it is written",
     ),
     "trace_dict": Limit(
-        lambda module, file: torch.jit.trace(Keyed(module), X),
+        lambda module, file: torch.jit.trace(net(lambda self, x: {"key": self.module(x)}, module=module), X),
         holding(nn.Identity()),
         RuntimeError,
         "Encountering a dict at the output of the tracer",

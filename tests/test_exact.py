@@ -34,7 +34,18 @@ from tests.helpers import (
     truth,
     zoo,
 )
-from tests.nets import IN_PLACE, Block, build, build_on_meta, build_with_input, linear, net, writes_in_place
+from tests.nets import (
+    IN_PLACE,
+    Block,
+    Rectifying,
+    build,
+    build_on_meta,
+    build_with_input,
+    linear,
+    misleading,
+    net,
+    writes_in_place,
+)
 from tests.versions import needs, older
 
 # --- the zoo ---
@@ -432,17 +443,6 @@ class Doubling(nn.Module):
         return x.mul_(2) + 1
 
 
-class Rectifying(nn.Module):
-    """A part of it works in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.relu(x) + 1
-
-
 class Dropping(nn.Dropout):
     """Called so, and yet it does something else."""
 
@@ -495,21 +495,9 @@ def test_dropout_in_place_writes_in_train_mode_only() -> None:
 # --- warnings ---
 
 
-class Misleading(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(4)
-        self.ln_2 = nn.LayerNorm(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.pair = net(lambda self, x: (x * 2, x + 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pair(self.relu(self.ln_2(self.ln_1(x))))[0]
-
-
 def test_the_texts() -> None:
     with pytest.warns(UserWarning, match="exact=True") as caught:
-        featx.create_feature_extractor(Misleading(), ["ln_1", "relu", "pair", "output"])
+        featx.create_feature_extractor(misleading(), ["ln_1", "relu", "pair", "output"])
     assert texts(caught) == [
         "the feature 'ln_1' is the value of the module 'ln_2', not what the module 'ln_1' returns,"
         " and is overwritten in place by the module 'relu'; exact=True gives its own value",

@@ -32,7 +32,7 @@ from tests.helpers import (
     truth,
     zoo,
 )
-from tests.nets import IN_PLACE, build_with_input, linear, net, writes_in_place
+from tests.nets import IN_PLACE, Rectifying, build_with_input, linear, net, writes_in_place
 
 
 def test_the_oracle_sees_what_is_overwritten() -> None:
@@ -268,25 +268,14 @@ def test_no_write_and_no_view_of_the_zoo_is_missed(name: str) -> None:
             run(Watch(model.train(mode)).run, x)
 
 
-class OpaqueFresh(nn.Module):
-    """A leaf of which featx knows nothing but that a part of it works in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.relu(x) + 1
-
-
 def test_an_opaque_leaf_with_an_in_place_part_may_write_its_input() -> None:
     def forward(self: Any, x: Any) -> Any:
         y = x - 0.5
         z = self.leaf(y)
         return y * 2, z
 
-    model = net(forward, leaf=OpaqueFresh())
-    assert equal(feature(model, "mul", tracer_kwargs={"leaf_modules": [OpaqueFresh]}), model(X)[0])
+    model = net(forward, leaf=Rectifying())
+    assert equal(feature(model, "mul", tracer_kwargs={"leaf_modules": [Rectifying]}), model(X)[0])
 
 
 def halve_(x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from tests import featx, nets
 from tests.helpers import (
     MODES,
     X,
+    as_leaves,
     by_torch_save,
     eval_names,
     exact,
@@ -30,6 +31,7 @@ from tests.helpers import (
     node_names,
     parametrize,
     python,
+    refused,
     returned,
     run,
     same,
@@ -59,20 +61,6 @@ def said(model: nn.Module, queries: Any = "output", **options: Any) -> list[str]
 
 def kinds_of(messages: list[str]) -> list[str]:
     return [kind for kind in KINDS for message in messages if kind in message]
-
-
-def refused(model: nn.Module, path: str, match: str | None = None, **options: Any) -> featx.UntraceableError:
-    """How a model is refused, and which module of it."""
-    with pytest.raises(featx.UntraceableError, match=match) as raised:
-        node_names(model, exact=True, **options)
-    assert raised.value.path == path
-    assert raised.value.module_type is type(model.get_submodule(path))
-    return raised.value
-
-
-def as_leaves(model: nn.Module, queries: Any = "output") -> nn.Module:
-    """An exact extractor in which what cannot be traced became leaves."""
-    return extract_quietly(model, queries, exact=True, auto_leaf=True)
 
 
 def outcomes(function: Callable[..., Any], parameters: list[nn.Parameter]) -> list[Any]:
@@ -634,19 +622,9 @@ def test_a_frozen_batch_norm_follows_its_checkpoint() -> None:
         assert same(run(right, x), {query: seen[query][0] for query in queries})
 
 
-class FrozenBody(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return self.body(x)
-
-
 def test_a_frozen_body_in_a_trained_head() -> None:
     models = pytest.importorskip("torchvision.models")
-    body = FrozenBody(models.resnet18(weights=None, num_classes=8))
+    body = net(no_grad, fc=models.resnet18(weights=None, num_classes=8))
     model = Sequential(body, Block(8), nn.Linear(8, 2)).eval()
     right = as_leaves(model, ["0", "output"])
     x = torch.rand(2, 3, 64, 64)
