@@ -96,17 +96,36 @@ PURE: Dict[str, Chain] = {
     "tanh": {"tanh": lambda a, b: a.tanh()},
     "neg": {"neg": lambda a, b: -a},
     "sub": {"sub": lambda a, b: torch.sub(a, b, alpha=0.5)},
-    "where": {"gt": lambda a, b: a > 0, "where": lambda a, b: torch.where(a, b, 0.5 * torch.ones(4))},
+    "where": {
+        "gt": lambda a, b: a > 0,
+        "where": lambda a, b: torch.where(a, b, 0.5 * torch.ones(4)),
+    },
     "constant": {"add": lambda a, b: a + torch.tensor([1.0, 2.0, 3.0, 4.0])},
-    "sort": {"sort": lambda a, b: torch.sort(a, dim=1), "getattr": lambda a, b: a.values, "mul": operator.mul},
-    "size": {"size": lambda a, b: a.size(0), "mul": lambda a, b: b * a},
+    "sort": {
+        "sort": lambda a, b: torch.sort(a, dim=1),
+        "getattr": lambda a, b: a.values,
+        "mul": operator.mul,
+    },
+    "size": {
+        "size": lambda a, b: a.size(0),
+        "mul": lambda a, b: b * a,
+    },
 }
 VIEWS: Dict[str, Chain] = {
     "getitem": {"getitem": lambda a, b: a[:]},
     "view": {"view": lambda a, b: a.view(2, 4)},
-    "twice": {"view": lambda a, b: a.view(-1), "unflatten": lambda a, b: a.unflatten(0, (2, 4))},
-    "transposed": {"t": lambda a, b: a.t(), "transpose": lambda a, b: a.transpose(0, 1)},
-    "squeeze": {"unsqueeze": lambda a, b: a.unsqueeze(0), "squeeze": lambda a, b: torch.squeeze(a, 0)},
+    "twice": {
+        "view": lambda a, b: a.view(-1),
+        "unflatten": lambda a, b: a.unflatten(0, (2, 4)),
+    },
+    "transposed": {
+        "t": lambda a, b: a.t(),
+        "transpose": lambda a, b: a.transpose(0, 1),
+    },
+    "squeeze": {
+        "unsqueeze": lambda a, b: a.unsqueeze(0),
+        "squeeze": lambda a, b: torch.squeeze(a, 0),
+    },
     "dropped": {"dropout": lambda a, b: F.dropout(a, 0.5, False)},
     "contiguous": {"contiguous": lambda a, b: a.contiguous()},
     "same": {"to": lambda a, b: a.to(torch.float32)},
@@ -118,9 +137,18 @@ WRITES: Dict[str, Chain] = {
     "relu_": {"relu_": lambda a, b: torch.relu_(a)},
     "inplace": {"relu": lambda a, b: F.relu(a, inplace=True)},
     "position": {"hardtanh": lambda a, b: F.hardtanh(a, -0.1, 0.1, True)},
-    "column": {"getitem": lambda a, b: a[:, 0], "fill_": lambda a, b: a.fill_(7)},
-    "flat": {"view": lambda a, b: a.view(-1), "mul_": lambda a, b: a.mul_(3)},
-    "data": {"getattr": lambda a, b: a.data, "sub_": lambda a, b: a.sub_(1)},
+    "column": {
+        "getitem": lambda a, b: a[:, 0],
+        "fill_": lambda a, b: a.fill_(7),
+    },
+    "flat": {
+        "view": lambda a, b: a.view(-1),
+        "mul_": lambda a, b: a.mul_(3),
+    },
+    "data": {
+        "getattr": lambda a, b: a.data,
+        "sub_": lambda a, b: a.sub_(1),
+    },
     "out": {"neg": lambda a, b: torch.neg(b, out=a)},
 }
 OPERATIONS = {**PURE, **VIEWS, **WRITES}
@@ -191,7 +219,13 @@ class Built(nn.Module):
         pair = pick(values, operand), values[0]
         if kind == "one":
             return pair[0]
-        return {"tuple": pair, "list": list(pair), "dict": dict(zip("ab", pair)), "named": Named(*pair)}[kind]
+        structures = {
+            "tuple": pair,
+            "list": list(pair),
+            "dict": dict(zip("ab", pair)),
+            "named": Named(*pair),
+        }
+        return structures[kind]
 
     def _take(self, steps: Tuple[Any, ...], values: List[Any]) -> None:
         for kind, *arguments in steps:
@@ -367,8 +401,9 @@ def record(model: Built, training: bool) -> Record:
     log: List[Entry] = []
     paths = {module: path for path, module in model.named_modules()}
     x = example_input()
-    arguments = {"x": {}, "scale": {"scale": 0.5}, "shift": {"shift": 1.5}}[model._plan.arguments]
-    for name, value in {"x": x, **arguments}.items():
+    defaults = {"x": {}, "scale": {"scale": 0.5}, "shift": {"shift": 1.5}}
+    arguments = {"x": x, **defaults[model._plan.arguments]}
+    for name, value in arguments.items():
         log.append(Entry("", name, snapshot(value)))
 
     def note(module: nn.Module, args: Any, value: Any) -> None:
@@ -413,7 +448,13 @@ HOSTILE = (
 )  # fmt: skip
 PLAIN = ("a", "b", "fc_1", "fc_2", "fc", "relu", "add", "x", "a_b", "x_1", "1", "2")
 
-TAKEN = {*dir(BuiltPlain(Net((), ()))), *dir(fx.symbolic_trace(nn.Identity())), "train_graph", "eval_graph", "self"}
+TAKEN = {
+    *dir(BuiltPlain(Net((), ()))),
+    *dir(fx.symbolic_trace(nn.Identity())),
+    "train_graph",
+    "eval_graph",
+    "self",
+}
 
 
 def is_possible(name: str) -> bool:

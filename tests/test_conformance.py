@@ -166,9 +166,10 @@ def test_differences_are_rows_of_both_readmes() -> None:
 
 
 def calls_of(vector: Mapping[str, Any]) -> list[slow.Call]:
-    return [
-        (call["module"], None) if "module" in call else (call["scope"], call["fx_name"]) for call in vector["calls"]
-    ]
+    calls = []
+    for call in vector["calls"]:
+        calls.append((call["module"], None) if "module" in call else (call["scope"], call["fx_name"]))
+    return calls
 
 
 @each("naming")
@@ -398,7 +399,8 @@ def test_what_has_no_operation_of_torch(name: str) -> None:
 
 def places(graph: fx.Graph, traced: list[str]) -> list[int]:
     """The positions in the traced graph of the nodes that are left; clones were not there."""
-    return [traced.index(node.name) for node in graph.nodes if node.name in traced and node.op != "output"]
+    names = [node.name for node in graph.nodes if node.op != "output"]
+    return [traced.index(name) for name in names if name in traced]
 
 
 def cut(vector: Mapping[str, Any]) -> tuple[fx.GraphModule, list[int], list[torch.Tensor]]:
@@ -466,7 +468,9 @@ def drawn_program(rng: random.Random) -> dict[str, Any]:
     for place in range(rng.randrange(1, 12)):
         kind = "placeholder" if place == 0 else rng.choice(["operation"] * 5 + ["assert"])
         inputs = rng.sample(range(place), min(place, rng.randrange(4)))
-        writes, views = ([at for at in inputs if kind == "operation" and rng.random() < 0.3] for _ in range(2))
+        writable = inputs if kind == "operation" else []
+        writes = [at for at in writable if rng.random() < 0.3]
+        views = [at for at in writable if rng.random() < 0.3]
         nodes.append({"kind": kind, "inputs": inputs, "writes": writes, "views": views})
     return {"nodes": nodes}
 

@@ -62,7 +62,8 @@ def test_every_node_alone_has_the_value_it_had_when_it_was_made(name: str) -> No
 def test_drawn_nodes_of_models_with_unassigned_writes(name: str, rng: random.Random) -> None:
     model, x = build_with_input(name)
     seen = truth(model.eval(), x)
-    expected = {query: seen[query] for query in [*rng.sample(sorted(seen), 5), list(seen)[-1]]}
+    drawn = [*rng.sample(sorted(seen), 5), list(seen)[-1]]
+    expected = {query: seen[query] for query in drawn}
     expected["output"] = run(model, x)
     for query, value in expected.items():
         print(name, query)
@@ -275,7 +276,8 @@ def test_an_opaque_leaf_with_an_in_place_part_may_write_its_input() -> None:
         return y * 2, z
 
     model = net(forward, leaf=Rectifying())
-    assert equal(feature(model, "mul", tracer_kwargs={"leaf_modules": [Rectifying]}), model(X)[0])
+    kwargs = {"leaf_modules": [Rectifying]}
+    assert equal(feature(model, "mul", tracer_kwargs=kwargs), model(X)[0])
 
 
 def halve_(x: torch.Tensor) -> torch.Tensor:
@@ -289,7 +291,8 @@ def test_the_name_of_an_opaque_function_is_believed() -> None:
         return y * 2, z
 
     model = net(forward)
-    assert equal(feature(model, "mul", tracer_kwargs={"autowrap_functions": [halve_]}), model(X)[0])
+    kwargs = {"autowrap_functions": [halve_]}
+    assert equal(feature(model, "mul", tracer_kwargs=kwargs), model(X)[0])
 
 
 @zoo

@@ -28,6 +28,7 @@ from tests.helpers import (
     feature,
     heard,
     ignored_warnings,
+    in_its_mode,
     node_names,
     parametrize,
     python,
@@ -252,8 +253,11 @@ def test_one_warning_for_both_modes() -> None:
         return cast(self, x) if self.training else no_grad(self, x)
 
     assert kinds_of(said(around(forward))) == ["torch.autocast", "grad mode"]
-    assert kinds_of(said(around(forward), None, train_return_nodes="output", eval_return_nodes=[])) == KINDS[:1]
-    assert kinds_of(said(around(forward), None, train_return_nodes=[], eval_return_nodes="output")) == KINDS[1:2]
+    for mode, kind in zip(MODES, KINDS):
+        model = around(forward).train(mode)
+        with heard() as caught:
+            extract(model, *in_its_mode(model, "output"))
+        assert kinds_of(texts(caught)) == [kind]
 
 
 # ------------------------------------------------------------------------- what is not concerned
@@ -274,7 +278,8 @@ def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> No
         return self.losing(before), self.beside(before)
 
     model = net(branches, before=Block(), losing=around(forward), beside=Block())
-    assert len(said(model)) == len(said(model, ["beside", "losing"])) == len(said(model, "losing.1")) == 1
+    for queries in ("output", ["beside", "losing"], "losing.1"):
+        assert len(said(model, queries)) == 1
     assert said(model, ["before", "beside", "losing.0"]) == []
     assert len(said(model, None, train_return_nodes=["before"], eval_return_nodes=["output"])) == 1
 
@@ -314,8 +319,9 @@ NOTHING: dict[str, Callable[..., Any]] = {
 
 @parametrize("case", NOTHING)
 def test_no_false_alarm(case: str) -> None:
-    members = {"scale": torch.rand(4), "index": torch.tensor([[1, 0], [3, 2]]), "weight": nn.Parameter(torch.rand(4))}
-    model = Sequential(net(NOTHING[case], **members))
+    index = torch.tensor([[1, 0], [3, 2]])
+    weight = nn.Parameter(torch.rand(4))
+    model = Sequential(net(NOTHING[case], scale=torch.rand(4), index=index, weight=weight))
     assert equal(feature(model), model(X))
     if case != "a number":  # whose int() cannot be traced where buffers are nodes
         assert equal(feature(model, exact=True), model(X))
@@ -325,18 +331,19 @@ def test_no_false_alarm(case: str) -> None:
 # --------------------------------------------------------------------------- what is made constant
 
 
+# What is computed from a buffer; the model's value is multiplied by it.
 CONSTANTS: dict[str, Callable[..., Any]] = {
-    "computed": lambda self, x: x * self.scale.sqrt(),
-    "twice": lambda self, x: x * self.scale.sqrt().neg(),
-    "with another constant": lambda self, x: x * (torch.ones(4) / self.scale),
-    "half of it": lambda self, x: x[:, :2] * self.scale[:2],
-    "a number": lambda self, x: x * self.scale.mean().item(),
-    "data": lambda self, x: x * self.scale.data.sqrt(),
-    "detached": lambda self, x: x * self.scale.detach().abs(),
-    "another type": lambda self, x: x * self.scale.double(),
-    "in place": lambda self, x: x * torch.empty(4).copy_(self.scale),
-    "a part in place": lambda self, x: x * put(torch.zeros(4), self.scale.sqrt()),
-    "complex": lambda self, x: x * self.scale.abs(),
+    "computed": lambda scale: scale.sqrt(),
+    "twice": lambda scale: scale.sqrt().neg(),
+    "with another constant": lambda scale: torch.ones(4) / scale,
+    "half of it": lambda scale: scale[:2].repeat(2),
+    "a number": lambda scale: scale.mean().item(),
+    "data": lambda scale: scale.data.sqrt(),
+    "detached": lambda scale: scale.detach().abs(),
+    "another type": lambda scale: scale.double(),
+    "in place": lambda scale: torch.empty(4).copy_(scale),
+    "a part in place": lambda scale: put(torch.zeros(4), scale.sqrt()),
+    "complex": lambda scale: scale.abs(),
 }
 
 
@@ -347,8 +354,11 @@ def put(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 @parametrize("case", CONSTANTS)
 def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> None:
-    inner = net(CONSTANTS[case], scale=torch.rand(4, dtype=torch.complex64 if case == "complex" else None))
-    model = Sequential(linear(), inner)
+    def forward(self: Any, x: Any) -> Any:
+        return x * CONSTANTS[case](self.scale)
+
+    buffer = torch.rand(4, dtype=torch.complex64 if case == "complex" else None)
+    model = Sequential(linear(), net(forward, scale=buffer))
     before = model(X)
     (message,) = said(model)
     assert "buffers" in message
