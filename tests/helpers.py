@@ -96,6 +96,13 @@ def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any
         return tracer, fx.GraphModule(model, tracer.trace(model))
 
 
+@contextlib.contextmanager
+def both_traced(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
+    with featx._unchanged(model) as restore:
+        yield featx._trace_both(restore, model, None, None, False, False)
+
+
 def given_names(calls: Iterable[tuple[str, str | None]], paths: Iterable[str] = ()) -> list[str]:
     """The names of calls, each a scope and torch.fx's name, or the path of a leaf and None."""
     namer = featx._Namer(paths)

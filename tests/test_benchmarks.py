@@ -4,48 +4,49 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
 
 from benchmarks import plot
+from tests.helpers import ROOT, parametrize, python
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = dict(plot.results())
 
 
-def run(*arguments: str) -> Tuple[int, str]:
+def benchmark(*arguments: str) -> tuple[int, str]:
     pytest.importorskip("torchvision")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--override-ini", "python_files=bench_*.py", *arguments]
+    options = ["--override-ini", "python_files=bench_*.py", "--benchmark-quiet"]
     alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # not as a worker of xdist
-    done = subprocess.run([*command, "--benchmark-quiet"], cwd=ROOT, env=alone, capture_output=True, text=True)
+    done = python("-m", "pytest", "benchmarks", *options, *arguments, env=alone)
     return done.returncode, done.stdout + done.stderr
 
 
+def stored() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
+
+
 def test_a_part_runs_and_is_not_saved() -> None:
-    before = {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
-    code, text = run("-k", "test_growth and functions and 250", "--save")
+    before = stored()
+    code, text = benchmark("-k", "test_growth and functions and 250", "--save")
     assert code == 0, text
     assert re.search(r"test_growth_of_names\[functions in one scope-250\], compared with two traces, \d+ rounds", text)
     assert re.search(r"^ +featx +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) +\d+\.\d\d ms$", text, re.MULTILINE)
     assert "not run: CUDA: --device cuda runs it on a machine with a GPU" in text
-    assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+    assert stored() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_passes_on_one() -> None:
-    code, text = run("--device", "cuda")
+    code, text = benchmark("--device", "cuda")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "--device cuda: torch finds no GPU, so that nothing was run" in text
     assert "passed" not in text
 
 
-@pytest.mark.parametrize("name", RESULTS)
+@parametrize("name", RESULTS)
 def test_results_say_what_was_measured(name: str) -> None:
     found = RESULTS[name]
     assert re.fullmatch(r"[0-9a-f]{40}", found["commit"]["id"])
@@ -85,7 +86,7 @@ def test_every_machine_has_its_plots(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_cells_of_the_table() -> None:
-    rows: List[Dict[str, Any]] = [{"ratios": {"featx": [0.5, ratio, 9.0]}} for ratio in (0.9, 1.1, 1.0)]
+    rows = [{"ratios": {"featx": [0.5, ratio, 9.0]}} for ratio in (0.9, 1.1, 1.0)]
     assert plot.cell(rows, "featx") == "1.00 (0.90 to 1.10)"
     assert plot.cell(rows[:1], "featx") == "0.90 (0.50 to 9.00)"
     assert plot.cell(rows, "torchvision") == ""

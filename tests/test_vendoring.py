@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+from tests.helpers import ROOT, python
 from tests.versions import needs
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import copy, pickle, sys
 sys.modules["torchvision"] = None  # importing it is an ImportError from here on
@@ -45,8 +44,7 @@ def test_the_file_works_alone(tmp_path: Path) -> None:
     (tmp_path / "somebody" / "__init__.py").touch()
     (package / "__init__.py").touch()
     (package / "_extract.py").write_bytes((ROOT / "featx.py").read_bytes())
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = python("-W", "ignore", "-c", SCRIPT, cwd=tmp_path)
     assert (done.stderr, done.stdout) == ("", "works\n")
 
 
@@ -63,8 +61,7 @@ def test_the_file_imports_the_standard_library_and_torch() -> None:
 
 def test_featx_does_not_import_torchvision() -> None:
     code = "import featx, sys; print([m for m in ('torchvision', 'PIL', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n"
+    assert python("-c", code).stdout == "[]\n"
 
 
 def test_the_wheel_holds_the_file_and_nothing_else(tmp_path: Path) -> None:
@@ -74,9 +71,10 @@ def test_the_wheel_holds_the_file_and_nothing_else(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source)
     for folder in ("tests", "benchmarks"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PIP_NO_INPUT": "1"})
-    (wheel,) = tmp_path.glob("featx-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if ".dist-info/" not in name] == ["featx.py"]
-    assert zipfile.ZipFile(wheel).read("featx.py") == (ROOT / "featx.py").read_bytes()
+    environment = {**os.environ, "PIP_NO_INPUT": "1"}
+    options = ["--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+    python("-m", "pip", "wheel", str(source), *options, env=environment, check=True)
+    (path,) = tmp_path.glob("featx-*.whl")
+    wheel = zipfile.ZipFile(path)
+    assert [name for name in wheel.namelist() if ".dist-info/" not in name] == ["featx.py"]
+    assert wheel.read("featx.py") == (ROOT / "featx.py").read_bytes()

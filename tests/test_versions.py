@@ -6,13 +6,12 @@ import configparser
 import os
 import re
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT, parametrize
 from tests.versions import numbers, version
 
-ROOT = Path(__file__).parent.parent
 TOX = configparser.ConfigParser(interpolation=None)
 TOX.read(ROOT / "tox.ini")
 ENVIRONMENTS = ["oldest", "between1", "between2", "newest", "alone"]
@@ -30,7 +29,7 @@ def pinned(environment: str) -> dict[str, str]:
     return {"python": options["base_python"].replace("python", ""), "torchvision": "none", **pins}
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@parametrize("environment", ENVIRONMENTS)
 def test_the_readme_has_the_versions_of_tox(environment: str) -> None:
     readme = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| `tox run -e {environment}` \| (\S+) \| (\S+) \| (\S+) \|", readme, re.MULTILINE)

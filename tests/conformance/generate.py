@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
@@ -19,7 +18,7 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
 from tests import featx, nets
-from tests.helpers import Snapshots, tensors
+from tests.helpers import Snapshots, both_traced, ignored_warnings, tensors
 from tests.nets import build_on_meta, zoo_input
 
 ZOO = Path(__file__).parent / "zoo"
@@ -58,10 +57,9 @@ def make(name: str) -> dict[str, Any]:
     """A model's file as featx makes it here; the model runs on the meta device, which computes shapes only."""
     x = zoo_input(name)
     model = build_on_meta(name).to("meta")
-    with warnings.catch_warnings(), featx._unchanged(model) as restore:
-        warnings.simplefilter("ignore")  # what torchvision's models warn of is not about names
-        tracers = featx._trace_both(restore, model, None, None, False, False)
-        train, evaluation = (rows(model.train(mode == "train"), tracers[mode], x) for mode in ("train", "eval"))
+    with ignored_warnings(), both_traced(model) as tracers:  # what torchvision's models warn of is not about names
+        train = rows(model.train(), tracers["train"], x)
+        evaluation = rows(model.eval(), tracers["eval"], x)
     return {
         "$schema": "../schemas/zoo.json",
         "format": 1,
