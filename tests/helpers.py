@@ -321,6 +321,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
     assert same(picture(model), before)
 
 
+def differ(a: Any, b: Any) -> bool:
+    """Whether no tensor of the one is that in its place in the other."""
+    pairs = list(zip(tensors(a), tensors(b)))
+    return bool(pairs) and not any(torch.equal(x, y) for x, y in pairs)
+
+
+def check_flips(actual: Callable[[], Any], expected: Callable[[], Any], *modules: Any) -> None:
+    """Both give the same in each mode of the modules, and something else in the other mode."""
+    seen = []
+    for mode in (True, False, True):
+        for module in modules:
+            module.train(mode)
+        seen.append(actual())
+        assert same(seen[-1], expected()), mode
+    assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
+
+
 # --- copies and processes ---
 
 

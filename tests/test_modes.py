@@ -18,7 +18,19 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
 from tests import featx
-from tests.helpers import COPIES, MODES, X, by_pickle, extract, feature, in_both_modes, parametrize, run, same
+from tests.helpers import (
+    COPIES,
+    MODES,
+    X,
+    by_pickle,
+    check_flips,
+    extract,
+    feature,
+    in_both_modes,
+    parametrize,
+    run,
+    same,
+)
 from tests.nets import LIKE_CODE, Block, Modes, linear, net, with_member
 from tests.versions import needs, older
 
@@ -42,24 +54,10 @@ def expected(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"b": body, "h": head, "o": output}
 
 
-def check_flips(extractor: nn.Module, twin: Any, *flipped: Any) -> None:
-    """Both give the same in a mode, and something else in the other; the mode is set on both, or on what is given."""
-    seen = []
-    for mode in (True, False, True):
-        for module in flipped or (extractor, twin):
-            module.train(mode)
-        seen.append(run(extractor))
-        assert same(run(twin), seen[-1]), mode
-    assert not same(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
-
-
 def test_train_and_eval() -> None:
     model = Modes()
     extractor = make(model)
-    for mode in (True, False, True):
-        extractor.train(mode)
-        model.train(mode)
-        assert same(run(extractor), run(lambda x: expected(model, x))), mode
+    check_flips(lambda: run(extractor), lambda: run(lambda x: expected(model, x)), extractor, model)
 
 
 @in_both_modes
@@ -192,7 +190,7 @@ def test_targets_without_a_name_can_be_copied() -> None:
 def test_script_follows_the_mode() -> None:
     extractor = make()
     scripted = torch.jit.script(extractor)
-    check_flips(extractor, scripted)
+    check_flips(lambda: run(scripted), lambda: run(extractor), scripted, extractor)
     buffer = io.BytesIO()
     torch.jit.save(scripted.eval(), buffer)
     buffer.seek(0)
@@ -203,9 +201,10 @@ def test_script_follows_the_mode() -> None:
 def test_compile_follows_the_mode() -> None:
     extractor = make()
     compiled = torch.compile(extractor, backend="eager")
-    check_flips(extractor, compiled, compiled)
+    check_flips(lambda: run(compiled), lambda: run(extractor), compiled)
     parent = Sequential(extractor)
-    check_flips(parent, torch.compile(parent, backend="eager"), parent)
+    compiled_parent = torch.compile(parent, backend="eager")
+    check_flips(lambda: run(compiled_parent), lambda: run(parent), parent)
     one_graph = extract(Block(), ["first", "add"])  # for both modes
     assert same(torch.compile(one_graph, backend="eager")(X), one_graph(X))
 
@@ -331,7 +330,7 @@ def test_dual_graph_module_by_hand() -> None:
     graphs = [fx.Tracer().trace(model.train(mode)) for mode in (True, False)]
     module = featx.DualGraphModule(model, *graphs, class_name="Two")
     assert type(module).__name__ == "Two"
-    check_flips(module, model)
+    check_flips(lambda: run(module), lambda: run(model), module, model)
     with pytest.raises(AttributeError, match="no attribute 'body'"):
         featx.DualGraphModule(nn.Linear(1, 1), *graphs)
 

@@ -383,10 +383,10 @@ def in_both_modes(plan: Net, exact: bool, only_tensors: bool = False) -> tuple[n
 def test_copies_give_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact)
     for copied in COPIES.values():
-        check_flips(copied(extractor), expected)
+        check_both_modes(copied(extractor), expected)
 
 
-def check_flips(extractor: nn.Module, expected: dict[bool, dict[str, Any]]) -> None:
+def check_both_modes(extractor: nn.Module, expected: dict[bool, dict[str, Any]]) -> None:
     for mode in (False, True, False):
         assert_same(values_of(extractor, mode), expected[mode])
 
@@ -398,7 +398,7 @@ SCRIPTABLE_PLANS = plans(leaves=SCRIPTABLE, named=PLAIN_NAMES)
 @given(SCRIPTABLE_PLANS, st.booleans())
 def test_a_scripted_extractor_gives_the_same_in_both_modes(plan: Net, exact: bool) -> None:
     extractor, expected = in_both_modes(plan, exact, only_tensors=True)
-    check_flips(torch.jit.script(extractor), expected)
+    check_both_modes(torch.jit.script(extractor), expected)
 
 
 # That of 2.2 loses what is returned twice, that of 2.5 takes a buffer and an argument of one name for each other.

@@ -204,13 +204,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         unknown = [name for name in options.models if name not in known]
         if unknown:
             raise ValueError(f"no model that torch.fx can trace, nor a file: {', '.join(unknown)}")
-        return run(options.models or known, options.check)
+        return write_or_check(options.models or known, options.check)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(first_line(error), file=sys.stderr)
         return 2
 
 
-def run(names: Sequence[str], only_check: bool) -> int:
+def write_or_check(names: Sequence[str], only_check: bool) -> int:
     """Write the files, or compare with them; 1 if any differs."""
     failed = False
     for name in names:

@@ -55,7 +55,7 @@ def path_for(name: str) -> str:
 Values = List[Any]
 
 
-def run(program: Sequence[Mapping[str, Any]], arguments: Sequence[Any], fetch: Callable[[int], Any]) -> Values:
+def execute(program: Sequence[Mapping[str, Any]], arguments: Sequence[Any], fetch: Callable[[int], Any]) -> Values:
     """Run a program; all its values are positive, so that every assert holds."""
     values: Values = []
     arguments = list(arguments)
@@ -97,7 +97,7 @@ def program_model(program: Sequence[Mapping[str, Any]]) -> Tuple[nn.Module, List
     names = "".join(f", x{at}" for at in range(count))
 
     def forward(model: Any, *arguments: Any) -> Any:
-        return run(program, arguments, lambda place: getattr(model, f"p{place}"))[-1]
+        return execute(program, arguments, lambda place: getattr(model, f"p{place}"))[-1]
 
     # fx reads the arguments off the code
     signature = eval(f"lambda self{names}: forward(self{names})", {"forward": forward})
@@ -113,7 +113,7 @@ def snapshots(program: Sequence[Mapping[str, Any]]) -> Dict[Tuple[int, int], tor
     seen = {}
     for after in range(len(program)):
         fresh = {place: model.get_parameter(f"p{place}").clone() for place in fetched(program)}
-        values = run(program[: after + 1], [argument.clone() for argument in arguments], fresh.__getitem__)
+        values = execute(program[: after + 1], [argument.clone() for argument in arguments], fresh.__getitem__)
         seen.update({(place, after): value for place, value in enumerate(values) if value is not None})
     return seen
 
