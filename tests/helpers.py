@@ -85,7 +85,7 @@ def eval_names(model: Any, *arguments: Any, **options: Any) -> list[str]:
     return node_names(model, *arguments, **options)[1]
 
 
-# What is private has other names one day: each is called here and nowhere else in the tests.
+# What is private has other names one day; then only this changes.
 
 
 def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any, fx.GraphModule]:

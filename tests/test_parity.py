@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pytest
 from torch import nn
 
 from tests import nets
@@ -19,12 +18,13 @@ from tests.helpers import (
     prefixes,
     run,
     same,
+    zoo,
 )
 from tests.nets import build_on_meta, build_with_input
 
 theirs = feature_extraction()
 
-pytestmark = pytest.mark.zoo
+pytestmark = zoo
 
 
 def draw_queries(names: list[str], rng: random.Random, count: int = 6) -> list[str]:

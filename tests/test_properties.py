@@ -21,6 +21,7 @@ from tests import featx
 from tests.conformance import slow
 from tests.helpers import (
     COPIES,
+    MODES,
     as_it_is,
     extract,
     extract_quietly,
@@ -61,7 +62,6 @@ from tests.strategies import (
 from tests.versions import older
 
 KWARGS = {"leaf_modules": LEAF_CLASSES}
-MODES = (True, False)
 
 
 def names_of(model: nn.Module, exact: bool) -> tuple[list[str], list[str]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests import featx, nets
-from tests.helpers import feature_extraction, ignored_warnings, node_names, parametrize
+from tests.helpers import feature_extraction, ignored_warnings, node_names, parametrize, zoo
 from tests.nets import build_on_meta
 from tests.versions import older
 
 theirs = feature_extraction()
 
-pytestmark = [pytest.mark.zoo, pytest.mark.names]
+pytestmark = [zoo, pytest.mark.names]
 ZOO = nets.zoo_names()
 
 
