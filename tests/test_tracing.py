@@ -49,10 +49,10 @@ from tests.versions import older
 KINDS = ["torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer"]
 
 
-def said(model: nn.Module, queries: Any = "output", **options: Any) -> list[str]:
-    """What an extractor is said to lose, each kind once."""
+def said(model: nn.Module, *queries: Any, **options: Any) -> list[str]:
+    """What an extractor is said to lose, each kind once; if nothing else is asked for, that of the output."""
     with heard() as caught:
-        extract(model, queries, **options)
+        extract(model, *(queries or ["output"]), **options)
     assert {warning.category for warning in caught} <= {featx.FeatureWarning}
     messages = texts(caught)
     kinds = kinds_of(messages)
@@ -255,9 +255,7 @@ def test_one_warning_for_both_modes() -> None:
     assert kinds_of(said(around(forward))) == ["torch.autocast", "grad mode"]
     for mode, kind in zip(MODES, KINDS):
         model = around(forward).train(mode)
-        with heard() as caught:
-            extract(model, *in_its_mode(model, "output"))
-        assert kinds_of(texts(caught)) == [kind]
+        assert kinds_of(said(model, *in_its_mode(model, "output"))) == [kind]
 
 
 # ------------------------------------------------------------------------- what is not concerned
@@ -281,7 +279,7 @@ def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> No
     for queries in ("output", ["beside", "losing"], "losing.1"):
         assert len(said(model, queries)) == 1
     assert said(model, ["before", "beside", "losing.0"]) == []
-    assert len(said(model, None, train_return_nodes=["before"], eval_return_nodes=["output"])) == 1
+    assert len(said(model, None, ["before"], ["output"])) == 1
 
 
 def test_all_of_a_block_is_concerned() -> None:
