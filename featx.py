@@ -45,7 +45,7 @@ import keyword
 import linecache
 import math
 import operator
-import os
+import pathlib
 import re
 import sys
 import textwrap
@@ -1300,232 +1300,251 @@ _CONTAINERS = frozenset([dict, list, collections.OrderedDict, collections.defaul
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m featx``; the exit code: 0, 1 if --check finds a difference, 2 for wrong input, 130 if interrupted."""
+    """List the nodes of a model, or compute the values of some of them.
+
+    model            what builds it, as PACKAGE.MODULE:CALLABLE
+    queries          the features, as QUERY or QUERY=KEY; if there is none, all nodes
+    --kwargs         arguments of the callable, a JSON object
+    --checkpoint     a file whose state dict is loaded, with weights_only=True
+    --image          the input: a file with a photograph; needs pillow
+    --input          the input: random numbers of a shape such as 1,3,224,224
+    --device         where to compute, such as cuda
+    --train          use train mode in place of eval mode
+    --exact          compute what each module or operation itself returned
+    --auto-leaf      make leaves of what cannot be traced
+    --json           print for machines: the features, or the names of both modes
+    --check          a file of --json to compare the names with
+    --plot           a file to draw the features in, such as features.png; needs matplotlib
+    --debug          show the traceback of an error
+
+    The exit code is 1 if --check finds a difference, 2 for wrong input, 130 after an interrupt.
+    """
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
-    sys.path.insert(0, os.getcwd())
+    warnings.showwarning = _show  # type: ignore[assignment]
+    warnings.simplefilter("once", UserWarning)  # the model is traced more than once
     try:
-        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
-            code, text = _run(options)
+        with contextlib.redirect_stdout(sys.stderr):  # what the model prints is no output
+            text = _run(options)
         print(text, flush=True)
-    except (BrokenPipeError, KeyboardInterrupt):  # whoever reads this has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except (BrokenPipeError, KeyboardInterrupt):
+        sys.stdout = None  # nobody reads it, and Python would complain when it closes it
         return 130
-    except (Exception, SystemExit) as error:  # the model is anybody's code: it may even exit
+    except Exception as error:
         if options.debug:
             traceback.print_exc()
-        parser.error(textwrap.shorten(_explain(error), 300, placeholder=" …"))
-    for warning in caught:
-        print("featx: warning:", " ".join(str(warning.message).split()), file=sys.stderr)
-    return code
-
-
-def _explain(error: BaseException) -> str:
-    """What an error says to somebody who sees no Python."""
-    if isinstance(error, NodeNameError):
-        closest = ", ".join(error.suggestions) or "none"
-        return f"the {error.mode} graph has no {error.query!r}; the closest: {closest}; without queries all are listed"
-    if isinstance(error, UntraceableError):
-        advice = "--auto-leaf makes it one operation" if error.path else "--debug shows the line"
-        return re.split(r"\. |\.?\n", str(error))[0] + f"; {advice}"
-    text = str(error) or "no text; --debug shows where it comes from"
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        reason = f"{type(error).__name__}: {error}"
+        parser.error(textwrap.shorten(reason, 300))
+    return 1 if text and options.check else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "List the nodes of a model, or compute the values of some of them."
-    parser = argparse.ArgumentParser("featx", argparse.SUPPRESS, about)  # without a usage, an error is one line
-    parser.register("type", "JSON object", lambda text: dict(json.loads(text)))
-    parser.register("type", "list of sizes", lambda text: [int(size) for size in text.split(",")])
-    add = parser.add_argument
-    add("model", metavar="PACKAGE.MODULE:CALLABLE", help="what builds the model")
-    add("queries", nargs="*", default=[], metavar="QUERY[=KEY]", help="what to compute; without any, list all nodes")
-    add("--kwargs", type="JSON object", default={}, metavar="JSON", help="arguments of the callable")
-    add("--checkpoint", metavar="FILE", help="load this state dict (weights_only=True)")
-    source = parser.add_mutually_exclusive_group().add_argument
-    source("--image", metavar="FILE", help="the input: a photograph; needs pillow")
-    source("--input", type="list of sizes", metavar="1,3,224,224", help="the input: random numbers")
-    add("--device", default="cpu", help="where to compute, such as cuda")
-    add("--check", metavar="FILE", help="compare with a file of --json; exit code 1 if names differ")
-    add("--save", metavar="FILE.pt", help="save the extractor")
-    add("--plot", metavar="FILE.png", help="draw the features; needs matplotlib")
-    flags = {
-        "--train": "use train mode in place of eval mode",
-        "--exact": "compute what each module or operation itself returned",
-        "--auto-leaf": "make leaves of what cannot be traced",
-        "--json": "print names of both modes, or features, for machines",
-        "--debug": "show the traceback of an error",
-    }
-    for flag, what in flags.items():
-        add(flag, action="store_true", help=what)
+    parser = argparse.ArgumentParser(
+        "featx",
+        usage=argparse.SUPPRESS,  # an error is one line
+        description=inspect.getdoc(_main),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model")
+    parser.add_argument("queries", nargs="*")
+    for option in "kwargs checkpoint image input device check plot".split():
+        parser.add_argument(f"--{option}")
+    for flag in "train exact auto-leaf json debug".split():
+        parser.add_argument(f"--{flag}", action="store_true")
     return parser
 
 
-def _run(options: argparse.Namespace) -> tuple[int, str]:
-    """The exit code and what is to be printed."""
-    if options.check is not None and options.queries:
-        raise ValueError("--check compares all names and takes no queries")
-    if (options.save or options.plot) and not options.queries:
-        raise ValueError("--save and --plot need at least one query")
-    if (options.plot or (options.queries and not options.save)) and not (options.image or options.input):
-        raise ValueError("computing features needs --image FILE or --input SHAPE")
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*:\w+(\.\w+)*", options.model) or ".py:" in options.model:
-        raise ValueError(f"the model is given as PACKAGE.MODULE:CALLABLE, as in an import, not {options.model!r}")
-    module, _, attribute = options.model.partition(":")
+# What is to be said of a feature, by the repr of its query.
+_notes: dict[str, str] = collections.defaultdict(str)
+
+
+def _show(message: Warning | str, *_: Any) -> None:
+    """In place of ``warnings.showwarning``."""
+    said = re.match(r"the feature (.+?['\"]) (.+); exact=True", str(message))
+    if said:
+        _notes[said[1]] += f"{said[2]}. "
+    else:
+        print("featx: warning:", *str(message).split(), file=sys.stderr)
+
+
+def _run(options: argparse.Namespace) -> str:
+    """What is to be printed."""
+    model = _model(options)
+    if options.check is not None:
+        return _differences(model, options)
+    found: Any = _names(model, options)
+    if options.queries or not options.json:
+        found = _rows(model, found, options)
+    if options.json:
+        return json.dumps(found, indent=1)
+    return _align(found)
+
+
+def _model(options: argparse.Namespace) -> nn.Module:
+    module, _, attribute = options.model.rpartition(":")
+    build = operator.attrgetter(attribute)(importlib.import_module(module))
     torch.manual_seed(0)  # for the weights of a model that is built without any
-    model = operator.attrgetter(attribute)(importlib.import_module(module))(**options.kwargs)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{options.model} gives {type(model).__name__}, not a torch.nn.Module")
+    arguments = json.loads(options.kwargs or "{}")
+    model: nn.Module = build(**arguments)
     if options.checkpoint:
-        model.load_state_dict(torch.load(options.checkpoint, map_location="cpu", weights_only=True))
-    model.to(options.device).train(options.train)
-    if options.queries:
-        return 0, _features(model, options)
-    return _names(model, options) if options.json or options.check is not None else (0, _table(model, options))
+        state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    model.to(options.device or "cpu")
+    return model.train(options.train)
 
 
-def _values(extractor: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    if not (options.image or options.input):
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """How both public functions are to trace."""
+    return {
+        "suppress_diff_warning": True,
+        "exact": options.exact,
+        "auto_leaf": options.auto_leaf,
+    }
+
+
+def _names(model: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
+    names = get_graph_node_names(model, **_settings(options))
+    return {"model": options.model, "exact": options.exact, **names._asdict()}
+
+
+def _differences(model: nn.Module, options: argparse.Namespace) -> str:
+    """How the names differ from those in a file."""
+    written = pathlib.Path(options.check).read_bytes()
+    expected = json.loads(written)
+    options.exact = expected["exact"]
+    found = _names(model, options)
+    lines: list[str] = []
+    for mode in ("train", "eval"):
+        lines += difflib.unified_diff(
+            expected[mode],
+            found[mode],
+            f"{mode}: {options.check}",
+            f"{mode}: {options.model}",
+            n=1,
+            lineterm="",
+        )
+    return "\n".join(lines)
+
+
+def _rows(
+    model: nn.Module, names: dict[str, Any], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What there is to be said of the features, or of all nodes of a mode."""
+    mode = "train" if options.train else "eval"
+    for name in set(names["train"]).symmetric_difference(names["eval"]):
+        _notes[repr(name)] += f"{mode} only. "
+    # "layer4=deep" -> "layer4": "deep"; "layer1" -> "layer1": "layer1"
+    pairs = [f"{query}={query}" for query in options.queries or names[mode]]
+    queries = dict(pair.split("=")[:2] for pair in pairs)
+    modes = (queries, ()) if options.train else ((), queries)
+    extractor = create_feature_extractor(model, None, *modes, **_settings(options))
+    values = _values(extractor, options)
+    if options.plot:
+        _plot(values, options.plot)
+    *_, output = extractor.graph.nodes
+    rows = []
+    for query, key in queries.items():
+        row = {
+            "name": key,
+            **_operation(extractor, output.args[0][key]),
+            **_statistics(values.get(key)),
+            "note": _notes[repr(query)],
+        }
+        rows.append(row)
+    return rows
+
+
+def _operation(extractor: nn.Module, node: Any) -> dict[str, str]:
+    """The operation that computes a feature, if it is one."""
+    if not isinstance(node, fx.Node):
         return {}
-    given = _read_image(options.image) if options.image else torch.rand(options.input)
-    with torch.no_grad():
-        return dict(extractor(given.to(options.device)))
+    if getattr(node.target, "__module__", None) == __name__:  # a clone of what is meant
+        return _operation(extractor, node.args[0])
+    target = node._pretty_print_target(node.target)
+    if node.op == "call_module":
+        target = type(extractor.get_submodule(target)).__name__
+    return {"operation": node.op, "target": target}
 
 
-def _read_image(path: str) -> torch.Tensor:
-    """A photograph as torchvision's classification presets see it: (1, 3, 224, 224), normalized."""
-    pillow = importlib.import_module("PIL.Image")
-    try:
-        with pillow.open(path) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    # https://pytorch.org/vision/stable/models.html: the short side to 256, the middle 224 x 224.
-    width, height = (side * 256 // min(image.size) for side in image.size)
-    left, top = (width - 224) // 2, (height - 224) // 2
-    image = image.resize((width, height), pillow.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(224, 224, 3)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+@torch.no_grad()
+def _values(extractor: nn.Module, options: argparse.Namespace) -> Any:
+    """The features, if there is an input."""
+    if options.image:
+        given = _photograph(options.image)
+    elif options.input:
+        given = torch.rand(*map(int, options.input.split(",")))
+    else:
+        return {}
+    return extractor(given.to(options.device or "cpu"))
+
+
+def _photograph(path: str) -> torch.Tensor:
+    """``(1, 3, 224, 224)``, normalized as torchvision's classifiers expect it.
+
+    Their presets make the short side 256 long and take the middle 224 x 224. This takes the middle
+    first, 14/16 of the short side, and makes that 224 long.
+    """
+    from PIL import Image, ImageOps
+
+    # https://pytorch.org/vision/stable/models.html
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    std = torch.tensor([0.229, 0.224, 0.225])
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file).convert("RGB")
+    image = ImageOps.fit(upright, (224, 224), Image.Resampling.BILINEAR, 1 / 16)
+    pixels = torch.tensor(list(image.tobytes())).reshape(224, 224, 3)
     return ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
-def _features(model: nn.Module, options: argparse.Namespace) -> str:
-    """The features' keys, shapes, dtypes and statistics; draws the features and saves the extractor if asked to."""
-    pairs = [given.partition("=")[::2] for given in options.queries]
-    queries = {query: key or query for query, key in pairs}
-    if len(queries) < len(pairs):
-        raise ValueError(f"a query was given twice: {', '.join(options.queries)}")
-    others = queries if options.save else []  # what is computed is of one mode, what is saved of both
-    train, evaluation = (queries, others) if options.train else (others, queries)
-    extractor = create_feature_extractor(
-        model, None, train, evaluation, None, True, exact=options.exact, auto_leaf=options.auto_leaf
-    )
-    features = [
-        (key if item is value else f"{key}[{place}]", item)
-        for key, value in _values(extractor, options).items()
-        for place, item in enumerate(tree_flatten(value)[0])
-    ]
-    if options.plot:
-        _plot(features, options.plot)
-    if options.save:
-        torch.save(extractor, options.save)
-    if not (options.checkpoint or options.kwargs.get("weights")):
-        print("featx: note: the weights are random, unless the callable loads some")  # to stderr, as all that it prints
-    rows = [_statistics(key, value) for key, value in features]
-    if options.json:
-        return json.dumps(rows, indent=1)
-    if not rows:
-        return f"saved as {options.save}; load it with torch.load({options.save!r}, weights_only=False)"
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return _align([columns, *([_cell(row.get(column)) for column in columns] for row in rows)])
-
-
-def _statistics(key: str, value: Any) -> dict[str, Any]:
+def _statistics(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
     if not isinstance(value, torch.Tensor):
-        return {"key": key, "value": str(value)}
-    row: dict[str, Any] = {"key": key, "shape": list(value.shape), "dtype": str(value.dtype).replace("torch.", "")}
-    with contextlib.suppress(RuntimeError):  # of empty, complex, sparse, quantized and meta tensors
-        low, high, numbers = value.min(), value.max(), value.double()
-        found = {"mean": numbers.mean(), "std": numbers.std(unbiased=False), "min": low, "max": high}
-        row.update({name: float(number) if number.isfinite() else None for name, number in found.items()})
+        shapes = tree_map(lambda part: getattr(part, "shape", part), value)
+        return {"value": str(shapes)}
+    row: dict[str, Any] = {
+        "shape": list(value.shape),
+        "dtype": str(value.dtype),
+    }
+    # Integers have no mean; empty, complex, sparse and meta tensors have none of these.
+    with contextlib.suppress(RuntimeError):
+        for name in ("min", "max", "mean", "std"):
+            number = getattr(value, name)().item()
+            row[name] = float(f"{number:.5g}")
     return row
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return "x".join(map(str, value)) or "scalar"
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+def _align(rows: list[dict[str, Any]]) -> str:
+    columns = []
+    for title in dict.fromkeys(itertools.chain(*rows)):
+        texts = [str(row.get(title, "")) for row in rows]
+        cells = [title, *texts]
+        width = max(map(len, cells))
+        columns.append([f"{cell:{width}}" for cell in cells])
+    lines = map("  ".join, zip(*columns))
+    return "\n".join(map(str.rstrip, lines))
 
 
-def _plot(features: Sequence[tuple[str, Any]], path: str) -> None:
-    figures = importlib.import_module("matplotlib.figure")
-    drawn = {key: _picture(value[0]) for key, value in features if isinstance(value, torch.Tensor)}
-    figure = figures.Figure(figsize=(9, 1.3 * len(drawn)), layout="constrained")
-    for axes, (key, picture) in zip(figure.subplots(len(drawn), squeeze=False).flat, drawn.items()):
-        axes.imshow(picture, aspect="auto")
-        axes.set_axis_off()
-        axes.set_title(key, loc="left", fontsize=8, parse_math=False)
-    figure.savefig(path, dpi=150)
+def _plot(values: dict[str, Any], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = [key for key, value in values.items() if getattr(value, "ndim", 0) > 1]
+    figure = Figure(figsize=(9, 1.3 * len(drawn)), layout="constrained")
+    for place, key in enumerate(drawn, 1):
+        panel = figure.add_subplot(len(drawn), 1, place, title=key)
+        picture = _picture(values[key].float().cpu())
+        panel.imshow(picture.numpy(), aspect="auto")
+        panel.axis("off")
+    figure.savefig(path)
+    print(f"featx: note: {path} shows {len(drawn)} of {len(values)} features: maps and matrices")
 
 
 def _picture(value: torch.Tensor) -> torch.Tensor:
-    """One input's feature: all of a matrix or a vector, else eight channels side by side."""
-    value = torch.atleast_2d(value.float().cpu().squeeze(-1).squeeze(-1))  # type: ignore[no-untyped-call]
-    if value.dim() == 2:
-        return value
-    while value.dim() > 3:  # the middle frame of a video
-        value = value[:, value.shape[1] // 2]
-    if value.shape[0] == value.shape[1] != value.shape[2]:  # as Swin's, whose channels come last
-        value = value.permute(2, 0, 1)
-    blank = (0, 1 + value.shape[2] // 16, 0, 0, 0, max(8 - len(value), 0))
-    return nn.functional.pad(value[:8], blank, value=math.nan).transpose(0, 1).flatten(1)
+    """A matrix, or eight channels of maps side by side, of the first input."""
+    maps = value[None].flatten(0, -3)
+    framed = nn.functional.pad(maps[:8], (0, 1), value=math.nan)
+    return torch.hstack([*framed])
 
 
-def _names(model: nn.Module, options: argparse.Namespace) -> tuple[int, str]:
-    """The names of both modes as JSON, or how they differ from those in a file."""
-    expected: dict[str, Any] = {}
-    if options.check is not None:
-        with open(options.check, encoding="utf-8-sig") as file, contextlib.suppress(ValueError):
-            expected = json.load(file)
-        if not isinstance(expected, dict) or not expected.keys() >= {"train", "eval"}:
-            raise ValueError(f"{options.check} holds no names; --json writes such a file")
-    exact = options.exact or bool(expected.get("exact"))
-    names = get_graph_node_names(model, None, True, exact=exact, auto_leaf=options.auto_leaf)
-    if options.check is None:
-        return 0, json.dumps({"model": options.model, "exact": exact, **names._asdict()}, indent=1)
-    lines: list[str] = []
-    for mode, new in zip(names._fields, names):
-        old, titles = list(map(str, expected[mode])), (f"{mode}: {options.check}", f"{mode}: {options.model}")
-        lines += difflib.unified_diff(old, new, *titles, n=1, lineterm="")
-    return bool(lines), "\n".join(lines) or f"all names are those of {options.check}"
-
-
-def _table(model: nn.Module, options: argparse.Namespace) -> str:
-    """The nodes of a mode: name, operation, module class or function, shape where there is an input, notes."""
-    mode, other = ("train", "eval") if options.train else ("eval", "train")
-    with _unchanged(model) as restore:
-        tracers = _trace_both(restore, model, None, None, options.exact, options.auto_leaf)
-        graph, nodes = tracers[mode].graph, {name: node for node, name in tracers[mode].node_to_qualname.items()}
-        features = {name: _Feature(node, node) for name, node in nodes.items()}
-        hazards = _prune(tracers[mode], features, dict(zip(nodes, nodes)))
-        extractor = DualGraphModule(model, graph, graph)
-    values = _values(extractor, options)
-    others = set(tracers[other].names)
-    rows = [("name", "operation", "target", "shape", "note")]
-    for name, node in nodes.items():
-        is_call = node.op == "call_module"
-        target = type(_at(model, str(node.target))).__name__ if is_call else node._pretty_print_target(node.target)
-        shape = _cell(list(values[name].shape)) if isinstance(values.get(name), torch.Tensor) else ""
-        notes = [f"{mode} only"] * (name not in others) + hazards.get(name, [])
-        rows.append((name, node.op, target, shape, "; ".join(notes)))
-    return _align(rows)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-if __name__ == "__main__":  # as a module of its own name, so that what it saves can be loaded
-    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
-    sys.exit(importlib.import_module(_name)._main())
+if __name__ == "__main__":
+    sys.exit(_main())
