@@ -1303,7 +1303,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     """List the nodes of a model, or compute the values of some of them.
 
     model            what builds it, as PACKAGE.MODULE:CALLABLE
-    queries          the features, as QUERY or QUERY=KEY; if there is none, all nodes
+    queries          the features, each as QUERY or QUERY=KEY; without any, all nodes
     --kwargs         arguments of the callable, a JSON object
     --checkpoint     a file whose state dict is loaded, with weights_only=True
     --image          the input: a file with a photograph; needs pillow
@@ -1384,12 +1384,11 @@ def _model(options: argparse.Namespace) -> nn.Module:
     module, _, attribute = options.model.rpartition(":")
     build = operator.attrgetter(attribute)(importlib.import_module(module))
     torch.manual_seed(0)  # for the weights of a model that is built without any
-    arguments = json.loads(options.kwargs or "{}")
-    model: nn.Module = build(**arguments)
+    model: nn.Module = build(**json.loads(options.kwargs or "{}"))
     if options.checkpoint:
         state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    model.to(options.device or "cpu")
+    model.to(options.device)
     return model.train(options.train)
 
 
@@ -1409,8 +1408,7 @@ def _names(model: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
 
 def _differences(model: nn.Module, options: argparse.Namespace) -> str:
     """How the names differ from those in a file."""
-    written = pathlib.Path(options.check).read_bytes()
-    expected = json.loads(written)
+    expected = json.loads(pathlib.Path(options.check).read_bytes())
     options.exact = expected["exact"]
     found = _names(model, options)
     lines: list[str] = []
@@ -1431,10 +1429,12 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """What there is to be said of the features, or of all nodes of a mode."""
     mode = "train" if options.train else "eval"
-    for name in set(names["train"]).symmetric_difference(names["eval"]):
+    shared = set(names["train"]).intersection(names["eval"])
+    for name in shared.symmetric_difference(names[mode]):
         _notes[repr(name)] += f"{mode} only. "
-    # "layer4=deep" -> "layer4": "deep"; "layer1" -> "layer1": "layer1"
-    pairs = [f"{query}={query}" for query in options.queries or names[mode]]
+    # "layer4=deep" gives {"layer4": "deep"}, and "layer1" gives {"layer1": "layer1"}.
+    asked = options.queries or names[mode]
+    pairs = [f"{query}={query}" for query in asked]
     queries = dict(pair.split("=")[:2] for pair in pairs)
     modes = (queries, ()) if options.train else ((), queries)
     extractor = create_feature_extractor(model, None, *modes, **_settings(options))
@@ -1475,14 +1475,15 @@ def _values(extractor: nn.Module, options: argparse.Namespace) -> Any:
         given = torch.rand(*map(int, options.input.split(",")))
     else:
         return {}
-    return extractor(given.to(options.device or "cpu"))
+    return extractor(given.to(options.device))
 
 
 def _photograph(path: str) -> torch.Tensor:
     """``(1, 3, 224, 224)``, normalized as torchvision's classifiers expect it.
 
     Their presets make the short side 256 long and take the middle 224 x 224. This takes the middle
-    first, 14/16 of the short side, and makes that 224 long.
+    first, 14/16 of the short side, and makes that 224 long: the same but for parts of a pixel, since
+    they round the middle to whole pixels.
     """
     from PIL import Image, ImageOps
 
@@ -1491,9 +1492,12 @@ def _photograph(path: str) -> torch.Tensor:
     std = torch.tensor([0.229, 0.224, 0.225])
     with Image.open(path) as file:
         upright = ImageOps.exif_transpose(file).convert("RGB")
-    image = ImageOps.fit(upright, (224, 224), Image.Resampling.BILINEAR, 1 / 16)
-    pixels = torch.tensor(list(image.tobytes())).reshape(224, 224, 3)
-    return ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
+    bilinear = Image.Resampling.BILINEAR
+    image = ImageOps.fit(upright, (224, 224), bilinear, bleed=1 / 16)
+    levels = torch.tensor(list(image.tobytes()))
+    pixels = levels.reshape(224, 224, 3) / 255
+    normalized = (pixels - mean) / std
+    return normalized.permute(2, 0, 1)[None]
 
 
 def _statistics(value: Any) -> dict[str, Any]:
@@ -1528,8 +1532,9 @@ def _align(rows: list[dict[str, Any]]) -> str:
 def _plot(values: dict[str, Any], path: str) -> None:
     from matplotlib.figure import Figure
 
-    drawn = [key for key, value in values.items() if getattr(value, "ndim", 0) > 1]
-    figure = Figure(figsize=(9, 1.3 * len(drawn)), layout="constrained")
+    drawn = [key for key in values if getattr(values[key], "ndim", 0) > 1]
+    size = 9, 1.3 * len(drawn)
+    figure = Figure(figsize=size, layout="constrained")
     for place, key in enumerate(drawn, 1):
         panel = figure.add_subplot(len(drawn), 1, place, title=key)
         picture = _picture(values[key].float().cpu())
