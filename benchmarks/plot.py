@@ -1,11 +1,11 @@
-"""Draws benchmarks/plots from benchmarks/results, and prints the README's table: ``python -m benchmarks.plot``."""
+"""Draws benchmarks/plots from benchmarks/results, and prints the READMEs' tables: ``python -m benchmarks.plot``."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Collection, Dict, Iterable, Iterator, List, Tuple
 
 HERE = Path(__file__).parent
 Row = Dict[str, Any]
@@ -19,6 +19,11 @@ COLOURS = {
     "stopping hooks": "#009e73",
 }
 FLOOR = "#888888"
+# What the results call these, in words.
+LABELS = {
+    "hooks": "hooks, all of the model runs",
+    "stopping hooks": "hooks, the last one ends the run",
+}
 
 
 def results() -> Iterator[Tuple[str, Dict[str, Any]]]:
@@ -43,27 +48,51 @@ def title(found: Dict[str, Any]) -> str:
     return f"{machine['processor']}{cores}, torch {machine['torch']}, torchvision {machine['torchvision']}"
 
 
-# ------------------------------------------------------------------------------- the README's table
+# ------------------------------------------------------------------------------------- the tables
+
+# The rows of the first README; that of the benchmarks has all.
+SHORT = (
+    "list the names of six models",
+    "create extractors of the stages of six models",
+    "run ten whole models, small inputs",
+    "compute the first block of vit_b_16",
+    "call `train()` and `eval()`",
+)
 
 
-def table(found: Dict[str, Any]) -> str:
-    """Medians of ratios as a table, with the quartiles; of several models the median and the extremes."""
+def table(found: Dict[str, Any], only: Collection[str] = ()) -> str:
+    """Medians of ratios as a table, with the quartiles; of several models the median and the extremes.
+
+    Args:
+        found: the results of one machine.
+        only: the first cells of the rows that are wanted; if empty, all.
+    """
     rows = found["benchmarks"]
     small = {"size": "small", "batch": 1}
+    by_hand = "calling only the needed layers by hand"
     lines = [
-        ("names of six models", "two bare traces", chosen(rows, "test_names")),
-        ("names, 16,000 operations", "two bare traces", chosen(rows, "test_growth_of_names", operations=16000)),
-        ("creation, stages of six models", "two bare traces and their code", chosen(rows, "test_create")),
-        ("forward, ten models, small inputs", "eager", chosen(rows, "test_forward", **small)),
-        ("forward, compiled, small inputs", "eager, compiled", chosen(rows, "test_compiled", **small)),
-        *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_features")),
-        *((row["task"], "eager, cut by hand", [row]) for row in chosen(rows, "test_training_step")),
-        ("`train()` and `eval()`", "the model's own", chosen(rows, "test_mode_flips")),
+        ("list the names of six models", "tracing each twice with torch.fx", chosen(rows, "test_names")),
+        (
+            "list 16,000 names, three models",
+            "tracing each twice with torch.fx",
+            chosen(rows, "test_growth_of_names", operations=16000),
+        ),
+        (
+            "create extractors of the stages of six models",
+            "tracing each twice and generating its code",
+            chosen(rows, "test_create"),
+        ),
+        ("run ten whole models, small inputs", "the model itself", chosen(rows, "test_forward", **small)),
+        ("run six whole models, compiled", "the model itself, compiled", chosen(rows, "test_compiled", **small)),
+        *((f"compute {row['task']}", by_hand, [row]) for row in chosen(rows, "test_features")),
+        *((f"run a {row['task']}", by_hand, [row]) for row in chosen(rows, "test_training_step")),
+        ("call `train()` and `eval()`", "the same calls on the model", chosen(rows, "test_mode_flips")),
     ]
     columns = ["featx", "torchvision", "stopping hooks", "hooks"]
-    text = ["| time of | as a multiple of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    headings = ["time to", "1.00 is the time of", *(LABELS.get(column, column) for column in columns)]
+    text = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for what, to, of in lines:
-        if of:
+        if of and (not only or what in only):
             text.append(f"| {what} | {to} | " + " | ".join(cell(of, column) for column in columns) + " |")
     return "\n".join(text)
 
@@ -102,13 +131,13 @@ def forward(rows: List[Row]) -> Any:
 
 
 def features(rows: List[Row]) -> Any:
-    """Stages and blocks, against code that is cut by hand."""
+    """Stages and blocks, against calling the needed layers by hand."""
     shown = chosen(rows, "test_features")
     ways = ["hooks", "torchvision", "IntermediateLayerGetter", "stopping hooks", "featx"]
-    return _ratios(shown, "task", ways, "time, as a multiple of that of eager code cut by hand", log=True)
+    return _ratios(shown, "task", ways, "time, as a multiple of calling only the needed layers by hand", log=True)
 
 
-def _ratios(rows: List[Row], label: str, names: List[str], caption: str, log: bool = False) -> Any:
+def _ratios(rows: List[Row], fact: str, names: List[str], caption: str, log: bool = False) -> Any:
     from matplotlib.figure import Figure
 
     if not rows:
@@ -121,8 +150,9 @@ def _ratios(rows: List[Row], label: str, names: List[str], caption: str, log: bo
         low, middle, high = zip(*(row["ratios"][name] for _, row in places))
         errors = [[b - a for a, b in zip(low, middle)], [c - b for b, c in zip(middle, high)]]
         colour = COLOURS.get(name, FLOOR)
-        axes.errorbar(middle, [at for at, _ in places], xerr=errors, fmt="o", color=colour, label=name, markersize=4)
-    axes.set_yticks(range(len(rows)), [row[label] for row in rows])
+        label = LABELS.get(name, name)
+        axes.errorbar(middle, [at for at, _ in places], xerr=errors, fmt="o", color=colour, label=label, markersize=4)
+    axes.set_yticks(range(len(rows)), [row[fact] for row in rows])
     axes.invert_yaxis()
     if log:
         axes.set_xscale("log")
@@ -163,7 +193,7 @@ def main() -> None:
     (HERE / "plots").mkdir(exist_ok=True)
     for name, found in results():
         draw(name, found)
-        print(f"{title(found)}\n\n{table(found)}\n")
+        print(f"{title(found)}\n\n{table(found, SHORT)}\n\n{table(found)}\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -28,18 +30,23 @@ TOX = [line for line in COMMANDS if "tox" in line]
 
 def test_blocks_were_found() -> None:
     kinds = [kind for kind, _ in BLOCKS]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 3, "": 4, "console": 3, "yaml": 1}
-    assert len(COMMANDS) == 5
+    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 3, "": 3, "console": 2}
+    assert len(COMMANDS) == 6
 
 
 def run(pairs: List[Tuple[str, Tuple[str, str]]], namespace: Dict[str, Any]) -> None:
     """In one namespace for all: a reader runs them one after the other."""
+    said: List[str] = []
     for text, (kind, expected) in pairs:
         assert kind == "", "an output follows each block of Python"
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", featx.FeatureWarning)  # all others are errors
             exec(compile(text, "README.md", "exec"), namespace)
         assert printed.getvalue() == expected
+        said += [str(warning.message) for warning in caught]
+    (warning,) = said  # of the exact features, once by default
+    assert "'0' is overwritten in place" in warning
 
 
 def test_python_blocks_print_what_the_readme_says() -> None:
@@ -54,15 +61,31 @@ def test_python_blocks_without_torchvision() -> None:
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line not in TOX and "mypackage" not in line])
-def test_commands_of_featx(command: str) -> None:
+def test_commands_of_featx(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)
     if "torchvision" in command:
         pytest.importorskip("torchvision")
     assert arguments[:3] == ["python", "-m", "featx"]
-    done = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT, capture_output=True, text=True)
-    said = "featx: note: the weights are random, unless the callable loads some\n"
-    assert (done.returncode, done.stderr) == (0, said if "--image" in arguments else "")
+    picture = tmp_path / "features.png"
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+        assert arguments[arguments.index("--plot") + 1] == picture.name
+    shutil.copytree(ROOT / "tests" / "data", tmp_path / "tests" / "data")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command_line = [sys.executable, *arguments[1:]]
+    done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    note = "featx: note: the weights are random, unless the callable loads some\n"
+    assert (done.returncode, note in done.stderr) == (0, "--image" in arguments), done.stderr
+    assert all(line.startswith("featx: note: ") for line in done.stderr.splitlines())
     assert len(done.stdout.splitlines()) >= 3
+    assert picture.exists() == (picture.name in done.stdout + done.stderr) == ("--plot" in arguments)
+
+
+def test_the_picture_is_one_of_the_first_command() -> None:
+    (path,) = re.findall(r"!\[[^]]+\]\((\S+\.png)\)", README)
+    picture = (ROOT / path).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150_000
 
 
 def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
@@ -76,11 +99,30 @@ def test_commands_of_tox_are_those_that_ci_and_tox_know() -> None:
     assert command.replace("{toxinidir}/", "") in COMMANDS  # which another test runs
 
 
-def test_the_table_of_differences_is_tested_row_by_row() -> None:
-    rows = re.findall(r"^\| (D\d\d) \|", README, re.MULTILINE)
-    tests = (ROOT / "tests" / "test_differences.py").read_text()
+def test_the_tables_of_differences_are_tested_row_by_row() -> None:
+    """The README has the rows that somebody may notice, that of the tests all others."""
+    texts = [README, (ROOT / "tests" / "README.md").read_text(encoding="utf-8")]
+    noticed, others = (re.findall(r"^\| (D\d\d) \|", text, re.MULTILINE) for text in texts)
+    assert noticed == sorted(noticed)
+    assert others == sorted(others)
+    tests = (ROOT / "tests" / "test_differences.py").read_text(encoding="utf-8")
     tested = {row.upper() for row in re.findall(r"^def test_(d\d\d)_", tests, re.MULTILINE)}
-    assert rows == sorted(tested)
+    assert sorted(noticed + others) == sorted(tested)
+
+
+def test_the_readme_can_be_read_in_a_few_minutes() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("folder", ["", "tests", "tests/conformance", "benchmarks"])
+def test_links_lead_somewhere(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):
+        target, _, section = link.partition("#")
+        there = ROOT / folder / (target or "README.md")
+        assert there.exists(), link
+        titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE) if section else []
+        assert section in ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)], link
 
 
 def test_the_version_has_one_source() -> None:
@@ -89,11 +131,9 @@ def test_the_version_has_one_source() -> None:
 
 
 def test_the_names_that_a_ci_pins(tmp_path: Path) -> None:
-    """As the README says it, for a model whose ``head`` becomes ``classifier``."""
+    """The README's two commands, for a model whose ``head`` becomes ``classifier``."""
     (write,) = (line for line in COMMANDS if "--json" in line)
-    (steps,) = (text for kind, text in BLOCKS if kind == "yaml")
-    (compare,) = re.findall(r"- run: (.*--check.*)", steps)
-    (failure,) = (text for kind, text in BLOCKS if kind == "" and text.startswith("---"))
+    (compare,) = (line for line in COMMANDS if "--check" in line)
     package = tmp_path / "mypackage"
     package.mkdir()
 
@@ -113,4 +153,7 @@ def build():
     assert (done.returncode, done.stderr) == (0, "")
     (package / "models.py").write_text(model.format("classifier"))
     done = run_in_project(compare)
-    assert (done.returncode, done.stdout, done.stderr) == (1, failure, "")
+    assert (done.returncode, done.stderr) == (1, "")
+    for mode in ("train", "eval"):
+        head = f"--- {mode}: names.json\n+++ {mode}: mypackage.models:build\n"
+        assert f"{head}@@ -2,2 +2,2 @@\n body\n-head\n+classifier\n" in done.stdout
