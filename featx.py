@@ -3,8 +3,8 @@
 # To vendor featx, copy this one file; it needs the standard library and torch, 1.13 or newer.
 """Feature extraction for PyTorch in one file.
 
-featx traces a model with ``torch.fx``, gives every operation a stable name, and cuts from the model an extractor that
-returns the values asked for and runs nothing that they do not need.
+featx traces a model with ``torch.fx``, gives every operation a stable name, and cuts from the
+model an extractor that returns the values asked for and runs nothing that they do not need.
 
 >>> import torch, featx
 >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -16,17 +16,33 @@ returns the values asked for and runs nothing that they do not need.
 
 How names are made:
 
-1. A call of a leaf module is named by the module's path; any other node by its scope (the path of the module whose
-   forward is running), a dot and the name that torch.fx gave it.
+1. A call of a leaf module is named by the module's path; any other node by its scope (the path of
+   the module whose forward is running), a dot and the name that torch.fx gave it.
 2. A trailing ``_<digits>`` is removed, since torch.fx counts over the whole graph.
-3. If that name, or a numbered form of it, was given out before, the number after the most recently given one is
-   appended: ``relu``, ``relu_1``, ``relu_2``.
+3. If that name, or a numbered form of it, was given out before, the number after the most recently
+   given one is appended: ``relu``, ``relu_1``, ``relu_2``.
 4. No name is given twice: where rule 3 would repeat one, the next free number is taken.
-5. With ``exact=True`` the paths of all modules count as given out from the start. The first call of a module has its
-   path as name, as it is; rules 3 and 4 name the others. Buffers are nodes.
+5. With ``exact=True`` the paths of all modules count as given out from the start. The first call
+   of a module has its path as name, as it is; rules 3 and 4 name the others. Buffers are nodes.
 
-Names, values and keys are those of ``torchvision.models.feature_extraction``, but where that returns something else
-than was asked for, runs more than is needed, crashes, or changes the caller's model; the README lists each difference.
+Names, values and keys are those of ``torchvision.models.feature_extraction``, except where that
+returns something else than was asked for, runs more than is needed, crashes, or changes the
+caller's model; the README lists each difference.
+
+How the parts call each other::
+
+    create_feature_extractor
+      _queries_by_mode    what is asked for: query -> key
+      _trace_both         for each mode a NodePathTracer: the graph, names, losses
+      _find_features      query -> the value that is meant, and where in the graph it is read
+      _make_plan          in positions alone: what stays, and which reads are overwritten
+      _find_flaws         what the caller is told
+      _cut                edits the graph
+      DualGraphModule     one module of the two graphs
+
+What featx replaces of torch.fx: ``Tracer`` gives names to nodes, and notes what it would lose
+without a word; ``GraphModule`` holds one graph, which it compiles again at each change, and copies
+alone; its generated code looks modules up at ten times the cost, and takes their names as code.
 """
 
 from __future__ import annotations
@@ -53,13 +69,23 @@ import threading
 import traceback
 import warnings
 import weakref
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    Union,
+)
 
 import torch
 from torch import fx, nn
 
 # Private to torch; tried on 1.13.1, 2.2.2, 2.5.1 and 2.14.1.
-from torch.fx._symbolic_trace import _assert_is_none, _Patcher
+from torch.fx._symbolic_trace import _assert_is_none, _create_wrapped_func, _Patcher
+from torch.fx.graph_module import _copy_attr
 from torch.fx.node import _get_qualified_name, map_aggregate, map_arg
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.jit._recursive import create_script_module, infer_methods_to_compile
@@ -96,16 +122,22 @@ class NodeNameError(ValueError):
         hint: why it may have been expected to match, and what to do, or ``""``.
     """
 
-    def __init__(self, query: str, mode: str, suggestions: Sequence[str] = (), hint: str = "") -> None:
+    def __init__(
+        self, query: str, mode: str, suggestions: Sequence[str] = (), hint: str = ""
+    ) -> None:
         super().__init__(query, mode, suggestions, hint)
-        self.query, self.mode, self.suggestions, self.hint = query, mode, list(suggestions), hint
+        self.query = query
+        self.mode = mode
+        self.suggestions = list(suggestions)
+        self.hint = hint
 
     def __str__(self) -> str:
-        closest = f" The closest: {', '.join(map(repr, self.suggestions))}." if self.suggestions else ""
-        return (
-            f"no node of the {self.mode} graph is named {self.query!r} or lies below it."
-            f"{self.hint and ' ' + self.hint}{closest} get_graph_node_names(model) lists all names."
-        )
+        text = f"no node of the {self.mode} graph is named {self.query!r} or lies below it."
+        if self.hint:
+            text += f" {self.hint}"
+        if self.suggestions:
+            text += f" The closest: {', '.join(map(repr, self.suggestions))}."
+        return f"{text} get_graph_node_names(model) lists all names."
 
 
 class UntraceableError(fx.proxy.TraceError):
@@ -119,22 +151,41 @@ class UntraceableError(fx.proxy.TraceError):
     """
 
     def __init__(
-        self, path: str, module_type: type[nn.Module], reason: str = "", traceable: Sequence[str] = ()
+        self,
+        path: str,
+        module_type: type[nn.Module],
+        reason: str = "",
+        traceable: Sequence[str] = (),
     ) -> None:
         super().__init__(path, module_type, reason, traceable)
-        self.path, self.module_type, self.reason, self.traceable = path, module_type, reason, list(traceable)
+        self.path = path
+        self.module_type = module_type
+        self.reason = reason
+        self.traceable = list(traceable)
 
     def __str__(self) -> str:
-        name = self.module_type.__name__
+        name = _class_path(self.module_type)
         where = f"{name} at {self.path!r}" if self.path else f"the model's own forward ({name})"
-        leaf = f" leaf_modules=[{name}] makes each {name} one operation (non_leaf_modules win);" if self.path else ""
-        children = f"\nIts children {', '.join(self.traceable)} can be traced by themselves." if self.traceable else ""
-        return (
-            f"torch.fx cannot trace {where}: {self.reason}\nWhat helps, in tracer_kwargs:{leaf}"
-            " autowrap_functions=(function,) does so with the calls of a function of your own (builtins such as int and"
-            " len have to be called inside one). concrete_args={'argument': value} fixes an argument that decides which"
-            f" way the code goes.{children}"
-        )
+        lines = [f"torch.fx cannot trace {where}: {self.reason}", "What helps:"]
+        if self.path:
+            lines.append(
+                f"- leaf_modules=[{name}], in tracer_kwargs, makes each {name} one operation"
+            )
+        lines.append(_REMEDIES)
+        if self.traceable:
+            lines.append(f"Its children {', '.join(self.traceable)} can be traced by themselves.")
+        return "\n".join(lines)
+
+
+def _class_path(cls: type) -> str:
+    """Whole, since others have classes of the names of torch's."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+_REMEDIES = """\
+- autowrap_functions=(function,), in tracer_kwargs, makes each call of a function of your own one
+  operation (builtins such as int and len have to be called inside one)
+- concrete_args={'argument': value} fixes an argument that decides which way the code goes"""
 
 
 class FeatureWarning(UserWarning):
@@ -165,12 +216,13 @@ def get_graph_node_names(
     Args:
         model: any module that torch.fx can trace. It comes back as it was.
         tracer_kwargs: arguments of :class:`NodePathTracer`. What is given for ``leaf_modules`` and
-            ``autowrap_modules`` is added to the defaults: ``math`` and, if the process has imported
-            it, ``torchvision.ops``.
+            ``autowrap_modules`` is added to the defaults: ``math`` and, if the process has
+            imported it, ``torchvision.ops``.
         suppress_diff_warning: do not warn when the two modes differ.
         concrete_args: values for arguments of ``forward`` that are fixed while tracing.
-        exact: name by rule 5 as well: the path of a module means that module. A forward that draws
-            random numbers, or changes the grad mode or autocast, is not traceable.
+        exact: name by rule 5 as well: the path of a module means that module. What tracing would
+            lose is refused: a forward that draws random numbers, changes the grad mode or autocast,
+            assigns buffers or takes tensors of an earlier call; hooks of the model itself.
         auto_leaf: where the forward of a submodule is not traceable, make its class a leaf and try
             again; a warning lists the classes.
 
@@ -186,7 +238,7 @@ def get_graph_node_names(
     ['input', '0', '1']
     """
     with _unchanged(model) as restore:
-        tracers = _trace_both(restore, model, tracer_kwargs, concrete_args, exact, auto_leaf)
+        tracers = _trace_both(model, restore, tracer_kwargs, concrete_args, exact, auto_leaf)
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
     return NodeNames(tracers["train"].names, tracers["eval"].names)
@@ -209,9 +261,10 @@ def create_feature_extractor(
     A query matches the names that equal it or begin with it and a dot; its value is that of the
     last such node. The query ``"output"``, where no node has that name, is the model's own output.
 
-    By default names and values are torchvision's, and a :class:`FeatureWarning` says where a feature
-    is something else than its query says, is overwritten in place, or is not what the model computes.
-    ``exact=True`` gives what each module or operation returned in eager execution, or raises an error.
+    By default names and values are torchvision's, and a :class:`FeatureWarning` says where a
+    feature is something else than its query says, is overwritten in place, or is not what the
+    model computes. ``exact=True`` gives what each module or operation returned in eager execution,
+    or raises an error.
 
     Args:
         model: any module that torch.fx can trace. It comes back as it was; the extractor shares
@@ -219,9 +272,11 @@ def create_feature_extractor(
         return_nodes: the queries for both modes: a mapping query -> key, any iterable of queries,
             which are their own keys, or one query.
         train_return_nodes, eval_return_nodes: in place of ``return_nodes``, queries for each mode.
-        tracer_kwargs, suppress_diff_warning, concrete_args, auto_leaf: as in :func:`get_graph_node_names`.
+        tracer_kwargs, suppress_diff_warning, concrete_args, auto_leaf: as in
+            :func:`get_graph_node_names`.
         exact: a query that is the path of a module gives what its first call returned, in its own
-            structure; ``path_1`` is the second call. What may be overwritten later is cloned before.
+            structure; ``path_1`` is the second call. What may be overwritten later is cloned
+            before.
 
     Returns:
         A module with the model's signature that returns a dict key -> value in execution order. It
@@ -230,11 +285,12 @@ def create_feature_extractor(
     Raises:
         NodeNameError: a query matches no node.
         UntraceableError: torch.fx cannot trace the model.
-        ValueError: two queries have one key, the queries are given in no way or in two, ``forward``
-            lacks one of ``concrete_args``, or what a module returned is nothing that a graph can hold.
+        ValueError: two queries have one key, the queries are given in no way or in two, or
+            ``forward`` lacks one of ``concrete_args``.
         TypeError: an argument is something else than it should be.
 
-    >>> extractor = create_feature_extractor(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), ["0", "output"])
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    >>> extractor = create_feature_extractor(model, ["0", "output"])
     >>> {key: tuple(value.shape) for key, value in extractor(torch.rand(2, 4)).items()}
     {'0': (2, 8), 'output': (2, 8)}
     """
@@ -242,17 +298,20 @@ def create_feature_extractor(
     keys = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model) as restore:
         # 2. Trace in both modes, and find the value of each query.
-        tracers = _trace_both(restore, model, tracer_kwargs, concrete_args, exact, auto_leaf)
+        tracers = _trace_both(model, restore, tracer_kwargs, concrete_args, exact, auto_leaf)
         features = {mode: _find_features(tracers, mode, keys[mode]) for mode in tracers}
-        # 3. Cut each graph down to what its features need.
-        hazards = [_prune(tracers[mode], features[mode], keys[mode]) for mode in tracers]
+        # 3. Plan what stays, find what is to be said, and cut each graph down.
+        plans = {mode: _make_plan(tracers[mode], features[mode]) for mode in tracers}
+        flaws = _find_flaws(tracers, features, plans)
+        for mode in tracers:
+            _cut(tracers[mode], features[mode], keys[mode], plans[mode])
         # 4. Make one module of the two graphs.
-        extractor = DualGraphModule(model, tracers["train"].graph, tracers["eval"].graph, type(model).__name__)
+        graphs = tracers["train"].graph, tracers["eval"].graph
+        extractor = DualGraphModule(model, *graphs, type(model).__name__)
     # 5. Say where the modes differ, and which features are not what they seem.
-    if not suppress_diff_warning:
+    if not suppress_diff_warning and not (exact and _run_alike(tracers)):
         _warn_graph_differences(tracers["train"], tracers["eval"])
-    _warn_hazards(*hazards)
-    _warn_baked(tracers)
+    _warn_flaws(flaws)
     return extractor
 
 
@@ -263,7 +322,8 @@ class LeafModuleAwareTracer(fx.Tracer):
     """A tracer whose leaf modules can be chosen by class.
 
     Args:
-        leaf_modules: classes whose instances are recorded as single calls, besides torch.nn's own.
+        leaf_modules: classes whose instances are recorded as single calls, besides torch.nn's own;
+            not those that have a ``__call__`` of their own.
         non_leaf_modules: classes that are traced through; they win over every rule for leaves.
         args, kwargs: as for ``torch.fx.Tracer``.
     """
@@ -275,21 +335,75 @@ class LeafModuleAwareTracer(fx.Tracer):
         non_leaf_modules: Iterable[type[nn.Module]] = (),
         **kwargs: Any,
     ) -> None:
-        self.leaf_modules, self.non_leaf_modules = tuple(leaf_modules), tuple(non_leaf_modules)
         super().__init__(*args, **kwargs)
+        self.leaf_modules = tuple(leaf_modules)
+        self.non_leaf_modules = tuple(non_leaf_modules)
+        for item in (*self.leaf_modules, *self.non_leaf_modules):
+            if not inspect.isclass(item):
+                raise TypeError(f"a leaf or non-leaf module is given by its class, not {item!r}")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of ``m`` are recorded as one operation."""
-        if isinstance(m, self.non_leaf_modules):
+        has_own_call = type(m).__call__ is not nn.Module.__call__  # which runs around the leaf
+        if has_own_call or isinstance(m, self.non_leaf_modules):
             return False
-        return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
+        is_chosen = isinstance(m, (*self.leaf_modules, torch.jit.ScriptModule))
+        return is_chosen or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Recording:
+    """Lets a stand-in record what torch.fx loses: operators in place, and assigned items."""
+
+    tracer: Any
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, fx.Proxy):  # of x[i] += y the operator needs no memory of its own
+            self.tracer.replaced.discard(value.node)
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Proxy(_Recording, fx.Proxy):
+    """The stand-in for the value of a node."""
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("node", "tracer"):
+            object.__setattr__(self, name, value)
+        else:
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+
+
+class _Attribute(_Recording, fx.proxy.Attribute):
+    """The stand-in for an attribute, such as ``x.T``; it may be called as a method."""
+
+
+def _in_place_operator(name: str) -> Callable[[Any, Any], Any]:
+    """What ``+=`` and its like do: if exact work in place, else make a new value and note it."""
+    function = getattr(operator, f"i{name}")
+
+    def operate(self: Any, other: Any) -> Any:
+        if self.tracer.exact:
+            return self.tracer.create_proxy("call_function", function, (self, other), {}, name)
+        proxy = getattr(operator, f"__{name}__")(self, other)
+        self.tracer.replaced.add(proxy.node)
+        return proxy
+
+    return operate
+
+
+# Without matmul, which torch does not do in place.
+_OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+for _operator in _OPERATORS:
+    setattr(_Recording, f"__i{_operator}__", _in_place_operator(_operator))
 
 
 class _Feature(NamedTuple):
-    """What can be asked for: a node, or nodes and constants in the structure in which a module returned them."""
+    """What can be asked for: a value, and the position in the graph after which it is read."""
 
-    value: Any
-    after: fx.Node | None  # the last node that had run when it was there
+    value: Any  # a node, or nodes and constants in the structure in which a module returned them
+    after: int
 
 
 class NodePathTracer(LeafModuleAwareTracer):
@@ -303,6 +417,18 @@ class NodePathTracer(LeafModuleAwareTracer):
         node_to_qualname: node -> name, in execution order. Constants that are arguments and the
             graph's output have no name.
         current_module_qualname: the scope, the path of the module whose forward is running.
+        exact: as given.
+        training: whether the model was in train mode.
+        returned: what modules returned, if a graph can hold it. The first call of a module is
+            under its path; with exact=True the second is under the name ``path_1``.
+        losses: what tracing left out, by kind -> the position of the first node that it concerns,
+            and the text of the warning.
+        replaced: the nodes of operators in place, such as ``+=``, that torch.fx makes new values.
+        watched: by id the tensors of which nothing should be computed outside of the graph:
+            buffers, views of them, and constants that a node writes into.
+        views, written: the ids of the views, and of what nodes write into, among them.
+        taken: by id the tensors that nodes take as constants.
+        auto_leaves: the classes of which auto_leaf=True made leaves -> the reason.
 
     >>> tracer = NodePathTracer()
     >>> graph = tracer.trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
@@ -314,211 +440,289 @@ class NodePathTracer(LeafModuleAwareTracer):
         super().__init__(*args, **kwargs)
         self.node_to_qualname: dict[fx.Node, str] = {}
         self.current_module_qualname = ""
-        self.proxy_buffer_attributes = exact or self.proxy_buffer_attributes
-        self._exact = exact
+        self.exact = exact
+        self.training = True
+        self.returned: dict[str, _Feature] = {}
+        self.losses: dict[str, tuple[int, str]] = {}
+        self.replaced: set[fx.Node] = set()
+        self.auto_leaves: dict[type[nn.Module], str] = {}
         self._namer = _Namer()
-        self._returned: dict[str, _Feature] = {}  # the first call of a module -> what it returned
-        self._baked: dict[Any, dict[str, str]] = {}  # node -> the warnings of what tracing loses
+        self._autowrapped = kwargs.get("autowrap_functions", ())
+        self.proxy_buffer_attributes = exact or self.proxy_buffer_attributes
 
     @property
     def names(self) -> list[str]:
         """The names of the nodes, in execution order."""
         return list(self.node_to_qualname.values())
 
+    @functools.cached_property
+    def paths(self) -> set[str]:
+        """The paths of all modules of the model; several may lead to one module."""
+        return {path for path, _ in self.root.named_modules(remove_duplicate=False) if path}
+
+    @functools.cached_property
+    def places(self) -> dict[fx.Node, int]:
+        """Node -> its position in the graph, as it was traced."""
+        return {node: position for position, node in enumerate(self.graph.nodes)}
+
+    def places_of(self, nodes: Iterable[fx.Node]) -> list[int]:
+        """The positions of nodes."""
+        return [self.places[node] for node in nodes]
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
-        self._training = getattr(root, "training", False)
-        if self._exact and isinstance(root, nn.Module):
-            self._namer = _Namer(path for path, _ in root.named_modules(remove_duplicate=False) if path)
-        watch = self._watch = _Watch(self)
-        with _Patcher() as patcher, watch:
-            for kind in (torch.enable_grad, torch.set_grad_enabled):  # where gradients are enabled no state shows it
-                patcher.patch_method(kind, "__enter__", watch.counting(kind.__enter__, 1))
-                patcher.patch_method(kind, "__exit__", watch.counting(kind.__exit__, -1))
-            if "forward" in vars(root):
-                code = getattr(root.forward, "__code__", None)
-                where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
-                watch.next = watch.bake(_REPLACED.format(where))
+        self.root = root if isinstance(root, nn.Module) else nn.Module()
+        self.training = self.root.training
+        self._thread = threading.get_ident()
+        self._modes = _current_modes()
+        self.watched = {id(buffer): buffer for buffer in self.root.buffers()}
+        self.views: set[int] = set()
+        self.written: set[int] = set()
+        self.taken: dict[int, torch.Tensor] = {}
+        if self.exact:
+            self._namer = _Namer(self.paths)
+        with _Watch(self), _Patcher() as patcher:
+            # Where gradients are enabled already, enabling them again changes no mode.
+            for block in (torch.enable_grad, torch.set_grad_enabled):
+                patcher.patch_method(block, "__enter__", self._losing(block.__enter__))
+            # torch.fx wraps neither _function() nor module.function().
+            for function in self._autowrapped:
+                namespace = getattr(function, "__globals__", {})
+                patcher.patch(namespace, function.__name__, _create_wrapped_func(function))
+            buffers = {**self.root._buffers}
             graph = super().trace(root, concrete_args)
-            watch.left(self.root)
-        self._baked[next(iter(reversed(graph.nodes)))] = watch.next
+            self._check_buffers(self.root, buffers)
+        hooks = {**self.root._forward_hooks, **self.root._forward_pre_hooks}
+        is_called_so = type(self.root).__call__ is nn.Module.__call__
+        if hooks or "forward" in vars(self.root) or not is_called_so:
+            self.lose(_AROUND, 0)
         return graph
 
     def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a leaf module, or trace through the module with its path as scope."""
-        if self._watch.thread != threading.get_ident():  # torch.fx has nn.Module patched for other threads as well
+        if self._is_other_thread():
             return forward(*args, **kwargs)
-        self._watch.look()
-        path, outer = self.path_of_module(m), self.current_module_qualname
+        self._check_modes()  # before the scope changes: a block here is the caller's
+        path = self.path_of_module(m)
+        outer = self.current_module_qualname
+        buffers = {**m._buffers}
         self.current_module_qualname = path
         try:
             if self.is_leaf_module(m, path):
                 value = self.create_proxy("call_module", path, args, kwargs)
-                name = self.node_to_qualname[value.node] if self._exact else path
+                name = self.node_to_qualname[value.node]
             else:
                 value = forward(*args, **kwargs)
-                self._watch.left(m)
-                name = self._namer.name(path, None) if self._exact else path
-            if name not in self._returned:
-                self._returned[name] = self._as_returned(value)
-            return value
+                name = self._namer.name(path) if self.exact else path
+                self._check_buffers(m, buffers)
         except Exception as error:
-            vars(error).setdefault("featx_path", path)  # of the innermost module that it left
+            vars(error).setdefault("featx_module", (path, type(m)))  # the innermost wins
             raise
         finally:
             self.current_module_qualname = outer
+        if type(m).__call__ is nn.Module.__call__:  # else that decides what is returned
+            self._note_returned(name if self.exact else path, value)
+        return value
 
-    def _as_returned(self, value: Any) -> _Feature:
-        """What a module returned, as it is now."""
+    def _note_returned(self, name: str, value: Any) -> None:
+        is_wanted = self.exact or type(value) is _Proxy  # of an attribute there is no node yet
+        if name in self.returned or not is_wanted:
+            return
         try:
-            value = self.create_arg(value) if self._exact or type(value) is fx.Proxy else None
-        except Exception as error:  # the classes of what is returned are anybody's
-            value = error
-        return _Feature(value, next(iter(reversed(self.graph.nodes)), None))
+            argument = self.create_arg(value)
+        except Exception:  # the classes of what is returned are anybody's
+            return
+        last = len(self.graph.nodes) - 1
+        self.returned[name] = _Feature(argument, last)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter, and if exact of a buffer."""
-        if self._watch.thread != threading.get_ident():
+        if self._is_other_thread():
             return attr_val
-        value = super().getattr(attr, attr_val, parameter_proxy_cache)
-        if isinstance(value, fx.Proxy) and value.node not in self.node_to_qualname:  # with param_shapes_constant
-            self.proxy(value.node)
-        return value
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_proxy(self, *args: Any, proxy_factory_fn: Any = None, **kwargs: Any) -> fx.Proxy:
+        """Record an operation, and name its node."""
+        self._check_modes()
+        kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
+        proxy = super().create_proxy(*args, **kwargs)
+        node = proxy.node
+        for tensor in args[2][:1]:  # the operation's first argument
+            if isinstance(tensor, torch.Tensor) and _is_in_place(node):
+                self._note_written(node, tensor)
+        if isinstance(node.type, str):  # a postponed annotation
+            node.type = _NUMBERS.get(node.type)
+        own = None if node.op == "call_module" else node.name
+        self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
+        return proxy
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The stand-in for a node's value."""
+        return _Proxy(node, self)
+
+    def _note_written(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """A node writes into a tensor that is no proxy: what is computed from it is out of date."""
+        is_view = id(tensor) in self.views or tensor._base is not None
+        if is_view and _is_constant(node.all_input_nodes[0]):
+            self.lose(_ASSIGNED, 0)
+        self.watched[id(tensor)] = tensor
+        self.written.add(id(tensor))
 
     def create_arg(self, a: Any) -> Any:
-        """Make of a value an argument of a node."""
+        """Make of a value an argument of a node; what is most frequent is answered at once."""
         kind = type(a)
-        if kind is fx.Proxy:  # by far the most
+        if kind is _Proxy:
             return a.node
         if kind is tuple:
             return tuple([self.create_arg(item) for item in a])
-        if kind in (bool, float, int, str, type(None)) or (kind is dict and not a):
+        if kind in _CONSTANTS or (kind is dict and not a):
             return a
-        argument = super().create_arg(a)
-        if id(a) in self._watch.made:
-            self._baked[argument] = self._watch.made[id(a)][1]
-        return argument
+        if isinstance(a, torch.Tensor):
+            self.taken[id(a)] = a
+            if a.grad_fn is not None:
+                self.lose(_EARLIER)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            raise fx.proxy.TraceError(f"takes or returns a {_class_path(kind)}") from error
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Name the node of an operation."""
-        if isinstance(node.type, str):
-            node.type = {"float": float, "int": int, "bool": bool}.get(node.type)
-        watch = self._watch
-        watch.look()
-        if watch.blocks or watch.next:
-            self._baked[node] = {**watch.blocks, **watch.next}
-        own = None if node.op == "call_module" else node.name
-        self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
-        return super().proxy(node)
+    def lose(self, kind: str, position: int | None = None) -> None:
+        """Note what the running forward does and tracing leaves out; if exact, refuse it.
+
+        It concerns the nodes from a position on, by default those that come next.
+        """
+        if self.exact:
+            raise fx.proxy.TraceError(f"its forward {kind}")
+        if kind in self.losses:
+            return
+        path = self.current_module_qualname
+        where = f"the forward of the module {path!r}" if path else "the model's own forward"
+        code = NodePathTracer.trace.__code__  # what called it is no line of the model's
+        inside = itertools.takewhile(
+            lambda at: at[0].f_code is not code, traceback.walk_stack(None)
+        )
+        remedy = "exact=True, with auto_leaf=True, is right or raises an error"
+        if position is None:
+            position = len(self.graph.nodes)
+        self.losses[kind] = position, f"{where} {kind}; {remedy}{_source_line(inside)}"
+
+    def _check_modes(self) -> None:
+        autocast, grad = _current_modes()
+        if autocast != self._modes[0]:
+            self.lose(_AUTOCAST)
+        if grad != self._modes[1]:
+            self.lose(_GRAD_MODE)
+
+    def _check_buffers(self, module: nn.Module, before: Mapping[str, Any]) -> None:
+        """See whether the forward of a module assigned to one of its buffers."""
+        for name, buffer in before.items():
+            value = module._buffers.get(name)
+            node = getattr(value, "node", None)
+            while node and node.args and _is_in_place(node):  # self.n += 1 works on the buffer
+                node = node.args[0]
+            is_same = node.op == "get_attr" if node else value is buffer
+            if not is_same:
+                self.lose(_ASSIGNED, 0)
+
+    def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
+        def losing(*arguments: Any) -> Any:
+            if not self._is_other_thread():
+                self.lose(_GRAD_MODE)
+            return enter(*arguments)
+
+        return losing
+
+    def _is_other_thread(self) -> bool:
+        """Whether torch.fx's patches of nn.Module met a thread that does not trace."""
+        return self._thread != threading.get_ident()
+
+
+_CONSTANTS = frozenset([bool, float, int, str, type(None)])
+_NUMBERS = {"float": float, "int": int, "bool": bool}  # what TorchScript needs to know
 
 
 # What tracing leaves out, or makes a constant of.
 _AUTOCAST = "runs a part under torch.autocast, which tracing leaves out"
 _GRAD_MODE = "changes the grad mode, which tracing leaves out"
-_BUFFERS = "computes from buffers, which tracing makes a constant that does not follow load_state_dict"
-_ASSIGNED = "assigns a buffer, which tracing leaves out"
+_BUFFERS = (
+    "computes from buffers, or from what it writes into, which tracing makes a constant that"
+    " follows neither load_state_dict nor what is written"
+)
+_ASSIGNED = "assigns or writes into a buffer, a view or a constant, which tracing leaves out"
+_EARLIER = "takes a tensor of an earlier call, which tracing makes a constant"
 _RANDOM = "draws random numbers, which tracing makes the same at each call"
-_REPLACED = "was replaced on the instance{}, which tracing ignores, but not in nn.Sequential(model)"
+_NOT_IN_PLACE = "works in place, of which tracing makes a new value, and its memory is read later"
+_AROUND = (
+    "was replaced on the instance, or stands inside of hooks or a __call__ of the model's own,"
+    " which tracing leaves out, but not in nn.Sequential(model)"
+)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees in a forward, in its own thread, what torch.fx does not record: blocks, and computing without proxies.
-
-    If the tracer is exact, that is an error, else a warning for the nodes that depend on it, as kind -> text.
-    """
+    """Sees what a forward computes without proxies, of which torch.fx makes constants."""
 
     def __init__(self, tracer: NodePathTracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer, self.thread = tracer, threading.get_ident()
-        self.depth = 0  # of blocks that enable gradients
-        self.start = self.state = self.modes()
-        self.blocks: dict[str, str] = {}  # for each node while a block is open
-        self.next: dict[str, str] = {}  # for all that come next
-        self.made: dict[int, tuple[torch.Tensor, dict[str, str]]] = {}  # id of a tensor -> it, and for who takes it
+        self.tracer = tracer
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True, the default, imports torch._dynamo
 
-    @functools.cached_property
-    def buffers(self) -> dict[int, torch.Tensor]:
-        """The model's buffers of floating point, by id."""
-        return {
-            id(buffer): buffer
-            for buffer in self.tracer.root.buffers()
-            if buffer.is_floating_point() or buffer.is_complex()
-        }
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        baked = self.bake(_RANDOM) if torch.Tag.nondeterministic_seeded in func.tags else {}
-        for tensor in _tensors((args, kwargs)):
-            if id(tensor) in self.made:
-                baked = {**baked, **self.made[id(tensor)][1]}
-            elif id(tensor) in self.buffers:
-                baked = {**baked, **self.bake(_BUFFERS)}
-        made = _tensors(value)
-        if func._schema.is_mutable:  # through a view into what it is a view of
-            made += [tensor._base for tensor in made if tensor._base is not None]
-        self.made.update({id(tensor): (tensor, baked) for tensor in made if baked})
-        self.next.update({} if made else baked)  # a number may decide which way the code goes
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.tracer.lose(_RANDOM)
+        tracer = self.tracer
+        arguments, _ = tree_flatten((args, kwargs))
+        found = [item for item in arguments if id(item) in tracer.watched]
+        is_written = any(id(item) in tracer.written for item in found)
+        if func._schema.is_mutable:
+            target = id(arguments[0])
+            if target in tracer.watched or target in tracer.taken:
+                tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
+                return value
+        elif found and not is_written and func._schema.returns[0].alias_info:
+            for view in tree_flatten(value)[0]:
+                tracer.watched[id(view)] = view
+                tracer.views.add(id(view))
+            found = []
+        if is_written or any(map(_is_no_integer, found)):
+            tracer.lose(_BUFFERS)
         return value
 
-    def counting(self, method: Callable[..., Any], by: int) -> Callable[..., Any]:
-        def counted(*arguments: Any) -> Any:
-            self.depth += by * (threading.get_ident() == self.thread)
-            return method(*arguments)
 
-        return counted
-
-    def modes(self) -> tuple[Any, ...]:
-        """How deep in blocks of autocast, and in which grad mode, this thread is."""
-        torch.autocast_increment_nesting()
-        return torch.autocast_decrement_nesting(), (torch.is_grad_enabled(), self.depth)
-
-    def look(self) -> None:
-        state = self.modes()
-        if state != self.state:
-            self.state, self.blocks = state, {}
-            for what, now, start in zip((_AUTOCAST, _GRAD_MODE), state, self.start):
-                self.blocks.update(self.bake(what) if now != start else {})
-
-    def left(self, module: nn.Module) -> None:
-        if fx.Proxy in map(type, module._buffers.values()):
-            self.next.update(self.bake(_ASSIGNED))
-
-    def bake(self, what: str) -> dict[str, str]:
-        """The warning of what the forward that runs does; if the tracer is exact, an error."""
-        if self.tracer._exact:
-            raise fx.proxy.TraceError(f"its forward {what}")
-        path = self.tracer.current_module_qualname
-        where = f"the forward of the module {path!r}" if path else "the model's own forward"
-        line = _source_line(traceback.walk_stack(None))
-        return {what: f"{where} {what}; exact=True, with auto_leaf=True, is right or raises an error{line}"}
+def _is_no_integer(tensor: torch.Tensor) -> bool:
+    """Of integers, as of indices and masks, constants are made."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [item for item in tree_flatten(value)[0] if isinstance(item, torch.Tensor)]
-
-
-def _warn_baked(tracers: Mapping[str, NodePathTracer]) -> None:
-    """Warn once of each kind of what tracing lost of the nodes that stay."""
-    found: dict[str, str] = {}
-    for lost in itertools.chain.from_iterable(tracer._baked.values() for tracer in tracers.values()):
-        found = {**lost, **found}
-    for message in found.values():
-        _warn(message, FeatureWarning)
+def _current_modes() -> tuple[int, bool]:
+    """How deep in blocks of autocast, and in which grad mode, this thread is."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
 
 
 def _trace_both(
-    restore: Callable[..., None], model: nn.Module, tracer_kwargs: Any, concrete_args: Any, exact: bool, auto_leaf: bool
+    model: nn.Module,
+    restore: Callable[..., None],
+    tracer_kwargs: Any,
+    concrete_args: Any,
+    exact: bool,
+    auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
-    """Trace in both modes; tensors and modules that a forward makes stay on the model."""
-    arguments = {"exact": exact, **_tracer_arguments(tracer_kwargs)}
-    _check_concrete_args(model, concrete_args)
-    leaves: list[type[nn.Module]] = []
+    """Trace in both modes.
+
+    Tensors and modules that a forward makes stay on the model until all is done, for the graphs.
+    """
+    arguments = {"exact": exact, **_set_default_tracer_kwargs(tracer_kwargs)}
+    known = inspect.signature(model.forward).parameters
+    unknown = {**(concrete_args or {})}.keys() - known
+    if unknown:
+        raise ValueError(f"concrete_args has {unknown}; the arguments of forward are {[*known]}")
+    leaves: dict[type[nn.Module], str] = {}
     while True:
         try:
             tracers = {}
@@ -530,125 +734,142 @@ def _trace_both(
             if not auto_leaf or not error.path or error.module_type in leaves:
                 raise
             restore()
-            leaves.append(error.module_type)
-            arguments["leaf_modules"] = (*arguments["leaf_modules"], error.module_type)
+            leaves[error.module_type] = error.reason
+            arguments["leaf_modules"] += (error.module_type,)
     if leaves:
-        listed = ", ".join(f"{leaf.__module__}.{leaf.__qualname__}" for leaf in leaves)
-        _warn(f"what torch.fx cannot trace became leaves: tracer_kwargs={{'leaf_modules': [{listed}]}} does the same.")
+        listed = ", ".join(map(_class_path, leaves))
+        kwargs = f"tracer_kwargs={{'leaf_modules': [{listed}]}}"
+        _warn(f"what torch.fx cannot trace became leaves: {kwargs} does the same.")
+    for tracer in tracers.values():
+        tracer.auto_leaves = leaves
     return tracers
 
 
-def _trace(model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args: Any) -> NodePathTracer:
+def _trace(
+    model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args: Any
+) -> NodePathTracer:
     tracer = NodePathTracer(**arguments)
     try:
-        getattr(model, mode)()
+        if model.training != (mode == "train"):  # what is frozen in the model's mode stays frozen
+            getattr(model, mode)()
         with torch.enable_grad():
             tracer.trace(model, concrete_args)
         return tracer
     except Exception as error:
-        path = vars(error).get("featx_path", "")
-        module_type = type(_at(model, path)) if path else type(model)
-        reason = f"{type(error).__name__}: {error}{_source_line(reversed([*traceback.walk_tb(error.__traceback__)]))}"
-        children = [] if path else [name for name, child in model.named_children() if _can_trace(child, arguments)]
-        raise UntraceableError(path, module_type, reason, children) from error
+        raise _untraceable(model, error, arguments) from error
+
+
+def _untraceable(model: nn.Module, error: Exception, arguments: dict[str, Any]) -> UntraceableError:
+    frames = reversed([*traceback.walk_tb(error.__traceback__)])
+    reason = f"{type(error).__name__}: {error}{_source_line(frames)}"
+    model_itself = "", type(model)
+    path, module_type = vars(error).get("featx_module", model_itself)
+    if hasattr(module_type.forward, "__wrapped__"):
+        code = module_type.forward.__code__
+        where = f"{code.co_name} ({code.co_filename}, line {code.co_firstlineno})"
+        reason += f"\nIts forward is wrapped by {where}, which torch.fx may not see through."
+    children = [] if path else model.named_children()
+    traceable = [name for name, child in children if _can_trace(child, arguments)]
+    return UntraceableError(path, module_type, reason, traceable)
 
 
 def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a module that has something inside can be traced."""
-    try:
+    with contextlib.suppress(Exception):
         NodePathTracer(**arguments).trace(model)
         return any(model.children())
-    except Exception:
-        return False
+    return False
 
 
-def _tracer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The caller's ``tracer_kwargs`` with the defaults added; nothing of the caller's is written to."""
-    arguments = {**(given or {})}
-    # As in torchvision, where it is in use.
+def _set_default_tracer_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The caller's ``tracer_kwargs`` with the defaults added; the caller's are not written to.
+
+    Programs written for torchvision's file import this name, and the next.
+    """
     ops = sys.modules.get("torchvision.ops")
-    leaves = [cls for cls in vars(ops).values() if inspect.isclass(cls) and issubclass(cls, nn.Module)] if ops else []
-    arguments["autowrap_modules"] = (math, *([ops] if ops else []), *arguments.get("autowrap_modules", ()))
-    for name, default in (("leaf_modules", leaves), ("non_leaf_modules", [])):
-        added = arguments.get(name, ())
-        arguments[name] = (*default, *(added if isinstance(added, Iterable) else [added]))
-        if not all(map(inspect.isclass, arguments[name])):
-            raise TypeError(f"tracer_kwargs[{name!r}] takes a list of classes, not {added!r}")
+    defaults: dict[str, list[Any]] = {
+        "autowrap_modules": [math, ops] if ops else [math],
+        "leaf_modules": _get_leaf_modules_for_ops(),
+        "non_leaf_modules": [],
+    }
+    arguments = {**(given or {})}
+    for name, default in defaults.items():
+        added: Any = arguments.get(name, ())
+        if not isinstance(added, Iterable):
+            added = [added]
+        arguments[name] = (*default, *added)
     return arguments
 
 
-def _check_concrete_args(model: nn.Module, concrete_args: Mapping[str, Any] | None) -> None:
-    """Refuse what ``forward`` lacks, and values for which torch.fx would change the signature."""
-    known = list(inspect.signature(type(model).forward).parameters)[1:]
-    for name, value in {**(concrete_args or {})}.items():
-        if str(name).lstrip("*") not in known:
-            raise ValueError(f"concrete_args has {name!r}; the arguments of forward are {', '.join(known)}")
-        if isinstance(value, (dict, list, tuple)):
-            raise ValueError(f"concrete_args has {value!r} for {name!r}; it takes single values")
+def _get_leaf_modules_for_ops() -> list[type[nn.Module]]:
+    """The modules of ``torchvision.ops``, if the process has imported it."""
+    ops = sys.modules.get("torchvision.ops")
+    classes = filter(inspect.isclass, vars(ops).values() if ops else ())
+    return [cls for cls in classes if issubclass(cls, nn.Module)]
 
 
 def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
-    """Where in the model's source something is: the first of these lines outside torch and this file."""
+    """Where in the model's source something is: the first line outside torch and this file."""
     for frame, line in frames:
-        module, code = frame.f_globals.get("__name__", ""), frame.f_code
-        if module != __name__ and module.split(".")[0] != "torch":
-            text = linecache.getline(code.co_filename, line).strip()
-            return f'\n  File "{code.co_filename}", line {line}, in {code.co_name}\n    {text}'
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and not module.startswith("torch."):
+            path = frame.f_code.co_filename
+            text = linecache.getline(path, line).strip()
+            return f'\n  File "{path}", line {line}, in {frame.f_code.co_name}\n    {text}'
     return ""
-
-
-def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
-    """Warn if the two modes have different names, and say which."""
-    train, evaluation = train_tracer.names, eval_tracer.names
-    if train == evaluation:
-        return
-    said = []
-    for mode, names, others in (("train", train, set(evaluation)), ("eval", evaluation, set(train))):
-        only = ", ".join(name for name in names if name not in others)
-        said += [f"only in {mode} mode: {textwrap.shorten(only, 200, placeholder=' …')}"] if only else []
-    _warn(
-        f"the train graph and the eval graph differ: {'; '.join(said) or 'the order of the nodes'}. A query without a"
-        " match in one of them needs train_return_nodes and eval_return_nodes; suppress_diff_warning=True silences it."
-    )
-
-
-def _warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called the public function."""
-    warnings.warn(message, category, stacklevel=4)
 
 
 # ---- names
 
 
 class _Namer:
-    """Gives out names by the rules of the module's docstring; for rule 5 it takes the paths of all modules."""
+    """Gives out names by the rules of the module's docstring.
+
+    Args:
+        paths: for rule 5, the paths of all modules.
+    """
 
     def __init__(self, paths: Iterable[str] = ()) -> None:
-        self._next: dict[str, int] = {}  # stem -> the number after the most recently given form
-        self._given: dict[str, int] = {}  # a name given out -> the number to try after it
         self._uncalled = set(paths)
-        for path in self._uncalled:
-            self._next[path], self._given[path] = 1, (_split_number(path)[1] or 0) + 1
         self._exact = bool(self._uncalled)
+        # Stem -> the number after the most recently given form.
+        self._next_number = dict.fromkeys(self._uncalled, 1)
+        # A name that is given out -> the number to try where it would be repeated.
+        self._retry = {}
+        for path in self._uncalled:
+            _, number = _split_number(path)
+            self._retry[path] = (number or 0) + 1
 
-    def name(self, scope: str, own: str | None) -> str:
-        """The name of the next node: ``own`` is torch.fx's name for it, None for a call of a module."""
-        place = scope if own is None else f"{scope}.{own}" if scope else own
-        if own is None and place in self._uncalled:
-            self._uncalled.remove(place)
-            return place
-        stem = place if own is None and self._exact else _split_number(place)[0]
-        number = self._next.get(stem, 0)
+    def name(self, scope: str, own: str | None = None) -> str:
+        """The name of the next node.
+
+        Args:
+            scope: the path of the module whose forward is running, or that is called.
+            own: torch.fx's name for the node; None for a call of a module.
+        """
+        if own is not None:
+            place = f"{scope}.{own}" if scope else own
+            return self._number(_split_number(place)[0])
+        if scope in self._uncalled:
+            self._uncalled.remove(scope)
+            return scope
+        return self._number(scope if self._exact else _split_number(scope)[0])
+
+    def _number(self, stem: str) -> str:
+        """Give out the next free form of a stem."""
+        number = self._next_number.get(stem, 0)
         name = first = f"{stem}_{number}" if number else stem
-        while name in self._given:
-            number = self._given[name]
+        while name in self._retry:
+            number = self._retry[name]
             name = f"{stem}_{number}"
-        self._given[first] = number + 1
-        # A given name counts as a form of itself and, where it ends in a number, of what is before.
+        self._retry[first] = number + 1  # so that the next search begins where this one ends
+        # A name counts as a form of itself and, if it ends in a number, of what is before.
+        self._next_number[name] = 1
+        self._retry[name] = 1
         head, last = _split_number(name)
-        self._next[name] = self._given[name] = 1
         if last is not None:
-            self._next[head] = self._given[name] = last + 1
+            self._next_number[head] = last + 1
+            self._retry[name] = last + 1
         return name
 
 
@@ -664,31 +885,79 @@ def _split_number(name: str) -> tuple[str, int | None]:
 
 
 def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[str, str]]:
-    if (both is None) == (train is None) or (train is None) != (evaluation is None):
-        raise ValueError("pass either return_nodes, or both train_return_nodes and eval_return_nodes")
-    given = {"train": train, "eval": evaluation} if both is None else {"train": both, "eval": both}
-    return {mode: _as_mapping(queries) for mode, queries in given.items()}
+    """For each mode what is asked for, as query -> key."""
+    if both is not None and train is None and evaluation is None:
+        train = evaluation = both
+    elif both is not None or train is None or evaluation is None:
+        raise ValueError(
+            "pass either return_nodes, or both train_return_nodes and eval_return_nodes"
+        )
+    return {"train": _as_mapping(train), "eval": _as_mapping(evaluation)}
 
 
 def _as_mapping(queries: Any) -> dict[str, str]:
     """``{query: key}`` from a mapping, an iterable of queries or one query."""
-    if isinstance(queries, (nn.Module, bytes)) or not isinstance(queries, Iterable):
-        raise TypeError(f"return_nodes takes a dict, a list of queries or one query, not a {type(queries).__name__}")
+    if isinstance(queries, str):
+        queries = [queries]
+    is_iterable = isinstance(queries, Iterable) and not isinstance(queries, (nn.Module, bytes))
+    if not is_iterable:
+        kind = type(queries).__name__
+        raise TypeError(f"return_nodes takes a dict, a list of queries or one query, not a {kind}")
     if isinstance(queries, Mapping):
         mapping = {str(query): str(key) for query, key in queries.items()}
     else:
-        mapping = {str(query): str(query) for query in ([queries] if isinstance(queries, str) else queries)}
+        mapping = {str(query): str(query) for query in queries}
     owners: dict[str, str] = {}
     for query, key in mapping.items():
-        if owners.setdefault(key, query) != query:
-            raise ValueError(f"both {owners[key]!r} and {query!r} are put under the key {key!r}")
+        owner = owners.setdefault(key, query)
+        if owner != query:
+            raise ValueError(f"both {owner!r} and {query!r} are put under the key {key!r}")
     return mapping
 
 
-def _select(names: Sequence[str], queries: Iterable[str]) -> dict[str, int]:
-    """The position of the last name that equals a query or lies below it, where there is one."""
-    last = {prefix: position for position, name in enumerate(names) for prefix in _prefixes(name)}
-    return {query: last[query] for query in queries if query in last}
+def _find_features(
+    tracers: dict[str, NodePathTracer], mode: str, queries: Iterable[str]
+) -> dict[str, _Feature]:
+    """The value of each query, in execution order."""
+    tracer = tracers[mode]
+    answers = _answers(tracer)
+    # Of values that are read after one node, the inner module's comes first, as in the answers.
+    order = {query: position for position, query in enumerate(answers)}
+    features: dict[str, _Feature] = {}
+    for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
+        if query in answers:
+            features[query] = answers[query]
+        elif query == "output":
+            *_, output = tracer.graph.nodes
+            features[query] = _Feature(output.args[0], tracer.places[output])
+        else:
+            hint = _hint(tracers, mode, query)
+            raise NodeNameError(query, mode, _suggestions(answers, query), hint)
+    in_order = sorted(features.items(), key=lambda item: item[1].after)
+    return dict(in_order)
+
+
+def _answers(tracer: NodePathTracer) -> dict[str, _Feature]:
+    """All queries that have a value, and their values."""
+    nodes = list(tracer.node_to_qualname)
+    features = list(map(_Feature, nodes, tracer.places_of(nodes)))
+    if tracer.exact:
+        return {**dict(zip(tracer.names, features)), **tracer.returned}
+    selected = _select(tracer.names)
+    return {query: features[position] for query, position in selected.items()}
+
+
+def _select(names: Iterable[str]) -> dict[str, int]:
+    """Each query that matches names -> the position of the last name that equals it or lies below.
+
+    >>> _select(["a.b", "a.c"])
+    {'a': 1, 'a.b': 0, 'a.c': 1}
+    """
+    last = {}
+    for position, name in enumerate(names):
+        for query in _prefixes(name):
+            last[query] = position
+    return last
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -696,56 +965,35 @@ def _prefixes(name: str) -> Iterator[str]:
     return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
-def _find_features(tracers: dict[str, NodePathTracer], mode: str, queries: Iterable[str]) -> dict[str, _Feature]:
-    """The values by query, in execution order."""
-    tracer = tracers[mode]
-    names, nodes = tracer.names, list(tracer.node_to_qualname)
-    positions = _select(names, queries)
-    found: dict[str, _Feature] = {}
-    for query in queries:
-        if tracer._exact and query in tracer._returned:
-            feature = found[query] = tracer._returned[query]
-            if isinstance(feature.value, Exception):
-                what = f"what the module {query!r} returned cannot be a feature, ask for what is inside"
-                raise ValueError(f"{what}: {feature.value}") from feature.value
-        elif query in positions:
-            node = nodes[positions[query]]
-            found[query] = _Feature(node, node)
-        elif query == "output":
-            output = next(iter(reversed(tracer.graph.nodes)))
-            found[query] = _Feature(output.args[0], output)
-        else:
-            raise NodeNameError(query, mode, _suggestions(_known(tracer), query), _hint(tracers, mode, query))
-    place = {node: index for index, node in enumerate(tracer.graph.nodes)}
-    turn = {name: index for index, name in enumerate(tracer._returned)}  # of several that return after one node
-    order = sorted(found, key=lambda query: (place.get(found[query].after, -1), turn.get(query, -1)))
-    return {query: found[query] for query in order}
-
-
-def _known(tracer: NodePathTracer) -> list[str]:
-    return [*tracer.names, *(tracer._returned if tracer._exact else ())]
-
-
-def _suggestions(names: Iterable[str], query: str) -> list[str]:
-    """The closest of the names and of their prefixes, best first."""
-    candidates = dict.fromkeys(prefix for name in names for prefix in _prefixes(name))
-    return difflib.get_close_matches(query, list(candidates), n=3)
+def _suggestions(answers: Iterable[str], query: str) -> list[str]:
+    """The closest of the queries that have a value, best first."""
+    return difflib.get_close_matches(query, list(answers), n=3)
 
 
 def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     """Why a query that matches nothing may have been expected to match."""
-    tracer, other = tracers[mode], "eval" if mode == "train" else "train"
-    if _select(_known(tracers[other]), [query]):
-        return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
-    modules = dict(tracer.root.named_modules(remove_duplicate=False))
-    leaves = {node.target for node in tracer.node_to_qualname if node.op == "call_module"}
+    tracer = tracers[mode]
+    other = "eval" if mode == "train" else "train"
+    if query in _answers(tracers[other]):
+        both = "train_return_nodes and eval_return_nodes"
+        return f"It is in the {other} graph only: pass {both}."
+    calls = [node for node in tracer.node_to_qualname if node.op == "call_module"]
+    leaves = {str(node.target) for node in calls}
     if query in leaves:
         return "Its call has another name; exact=True gives what it returned."
     for path in leaves.intersection(_prefixes(query)):
-        leaf = type(modules[path]).__name__
-        opened = f"tracer_kwargs={{'non_leaf_modules': [{leaf}]}} opens it."
-        return f"It lies inside the leaf module {path!r} ({leaf}); {opened}"
-    return f"It is a module of the model in which no operation runs in {mode} mode." * (query in modules)
+        leaf = type(_submodule(tracer.root, path))
+        remedy = f"tracer_kwargs={{'non_leaf_modules': [{_class_path(leaf)}]}} opens it."
+        reason = tracer.auto_leaves.get(leaf)
+        if reason is not None:
+            remedy = f"auto_leaf=True made it a leaf: {reason}"
+        return f"It lies inside the leaf module {path!r} ({_class_path(leaf)}); {remedy}"
+    if query in tracer.paths:
+        path = tracer.path_of_module(_submodule(tracer.root, query))
+        if path != query:
+            return f"It is the module {path!r}, whose second call is {path + '_1'!r}."
+        return f"It is a module that is not called in {mode} mode, or returns what no graph holds."
+    return ""
 
 
 # ---- pruning
@@ -754,116 +1002,171 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
 class _Operation(NamedTuple):
     """What pruning knows of a node; other nodes are given by their positions."""
 
-    inputs: tuple[int, ...] = ()
-    writes: tuple[int, ...] = ()  # the inputs into whose memory it writes
-    views: tuple[int, ...] = ()  # the inputs with which its value may share memory
-    kind: str = ""  # "placeholder", "assert" or nothing special
+    inputs: Sequence[int] = ()
+    writes: Sequence[int] = ()  # the inputs into whose memory it writes
+    views: Sequence[int] = ()  # the inputs with which its value may share memory
+    kind: str = ""  # "placeholder", "assert", "get_attr" of state, "constant", or nothing special
+    replaced: bool = False  # whether it should write into its first input, and makes a new value
+
+
+class _Plan(NamedTuple):
+    """What becomes of a graph, in positions."""
+
+    stays: list[int]
+    missed: list[int]  # the operators in place that were replaced, though their write is read
+    # A value and the position after which it is read -> the first that changes it afterwards.
+    overwritten: dict[tuple[int, int], int]
+    alone: dict[int, bool]  # whether a value is read once, and shares memory with no other there
+    end: int  # nothing after it runs
+
+
+def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
+    operations = _operations(tracer)
+    reads = collections.defaultdict(set)
+    for value, after in features.values():
+        reads[after].update(tracer.places_of(_nodes_in(value)))
+    end = max(reads, default=-1)
+    stays, missed = _staying(operations, reads)
+    for position in stays:
+        if operations[position].kind == "constant":  # so that it shows whether it is written into
+            reads[position].add(position)
+    overwritten, alone = _overwritten(operations, stays, reads)
+    return _Plan(stays, missed, overwritten, alone, end)
 
 
 def _staying(
-    operations: Sequence[_Operation], requested: Iterable[int], reads: Iterable[tuple[int, int]] = ()
-) -> list[int]:
-    """The positions of the operations that must run for the requested ones to have their values.
+    operations: Sequence[_Operation], reads: Mapping[int, Iterable[int]]
+) -> tuple[list[int], list[int]]:
+    """The positions of the operations that must run, and of replaced ones whose write is missed.
 
-    A requested value is what its operation returned; a read ``(position, after)`` is the value of one
-    as it is after another. Nothing after the last of these runs. Before it, an operation stays if it
-    is requested or an assert, if one that stays takes its value, or if it writes into memory that a
-    read, or a later one that stays, reads. Placeholders always stay.
+    ``reads`` has the positions of the values that are asked for, by the position after which each
+    is read: an operation may write into a value that came before.
+    Nothing after the last read runs. Before it, an operation stays if it is an assert, if its value
+    is read or one that stays takes it, or if it writes into memory that is read later, that a later
+    one which stays takes, or that is state of the model. Placeholders always stay.
     """
-    memory = _memories(operations)
-    needed: set[int] = set(requested)
-    read_after: dict[int, list[int]] = collections.defaultdict(list)
-    for position, after in reads:
-        read_after[after].append(position)
-    cut = max(needed.union(read_after), default=-1)
-    read: set[int] = set()  # the memories that are read later
-    staying = []
-    for position in range(len(operations) - 1, -1, -1):
-        operation = operations[position]
-        needed.update(read_after.get(position, ()))
-        read.update(memory[taken] for taken in read_after.get(position, ()))
-        if operation.kind != "placeholder":
-            if position > cut:
-                continue
-            writes = not read.isdisjoint(memory[written] for written in operation.writes)
-            if not (position in needed or operation.kind == "assert" or writes):
-                continue
-        staying.append(position)
-        needed.update(operation.inputs)
-        read.update(memory[taken] for taken in operation.inputs)
-    return staying[::-1]
+    memory = _joined(operations)
+    end = max(reads, default=-1)
+    needed: set[int] = set()
+    # The memories that are read later, by id; the next call reads the model's state.
+    live = {
+        id(shared) for shared, operation in zip(memory, operations) if operation.kind == "get_attr"
+    }
+    stays = []
+    missed: list[int] = []
+    for position in reversed(range(len(operations))):
+        inputs, writes, _, kind, replaced = operations[position]
+        read = reads.get(position, ())
+        needed.update(read)
+        live.update(id(memory[taken]) for taken in read)
+        if replaced and position <= end and id(memory[inputs[0]]) in live:
+            missed.append(position)
+        is_needed = kind == "assert" or position in needed
+        is_live = any(id(memory[written]) in live for written in writes)
+        if kind == "placeholder" or (position <= end and (is_needed or is_live)):
+            stays.append(position)
+            needed.update(inputs)
+            live.update(id(memory[taken]) for taken in inputs)
+    return stays[::-1], missed[::-1]
 
 
 def _overwritten(
-    operations: Sequence[_Operation], staying: Iterable[int], reads: Iterable[tuple[int, int]]
-) -> dict[tuple[int, int], int]:
-    """The reads of values that change afterwards, and the position of the first operation that changes each."""
-    memory = _memories(operations)
-    writers: dict[int, list[int]] = collections.defaultdict(list)
-    for position in staying:
-        for written in operations[position].writes:
-            writers[memory[written]].append(position)
-    later = {read: [writer for writer in writers.get(memory[read[0]], ()) if writer > read[1]] for read in reads}
-    return {read: found[0] for read, found in later.items() if found}
+    operations: Sequence[_Operation], stays: Iterable[int], reads: Mapping[int, Iterable[int]]
+) -> tuple[dict[tuple[int, int], int], dict[int, bool]]:
+    """The reads of values that change later, with what changes each first; which values are alone.
 
-
-def _memories(operations: Sequence[_Operation]) -> list[int]:
-    """For each position the memory that its value lies in: values that may share it have one number."""
-    parent = list(range(len(operations)))
-
-    def find(position: int) -> int:
-        while parent[position] != position:
-            parent[position] = position = parent[parent[position]]
-        return position
-
-    for position, operation in enumerate(operations):
-        for viewed in operation.views:
-            parent[find(position)] = find(viewed)
-    return [find(position) for position in range(len(operations))]
-
-
-def _prune(tracer: NodePathTracer, features: dict[str, _Feature], keys: Mapping[str, str]) -> dict[str, list[str]]:
-    """Cut a traced graph down to what the features need, make them its output, and say what they are not.
-
-    If the tracer is exact, what may be overwritten later is cloned before.
+    An operation changes the values that share the memory into which it writes when it runs. A value
+    is alone if an operation made it, it is read once, and there it shares memory with no other.
     """
-    graph, nodes = tracer.graph, list(tracer.graph.nodes)
-    place = {node: position for position, node in enumerate(nodes)}
-    operations = _describe(tracer, nodes, place)
-    requested: set[int] = set()
-    reads: set[tuple[int, int]] = set()
-    for feature in features.values():
-        for node in _nodes_in(feature.value):
-            if tracer._exact or (feature.after or node).op == "output":
-                reads.add((place[node], place[feature.after or node]))
+    memory = [{position} for position in range(len(operations))]
+    staying = set(stays)
+    unchanged: set[tuple[int, int]] = set()
+    changed: dict[tuple[int, int], int] = {}
+    alone: dict[int, bool] = {}
+    for position, operation in enumerate(operations):
+        if position in staying:
+            for written in operation.writes:
+                found = [read for read in unchanged if read[0] in memory[written]]
+                changed.update(dict.fromkeys(found, position))
+                unchanged.difference_update(found)
+            _join(memory, position, operation.views)
+        for taken in reads.get(position, ()):
+            unchanged.add((taken, position))
+            is_first = taken not in alone
+            is_made = bool(operations[taken].inputs)
+            alone[taken] = is_first and is_made and len(memory[taken]) == 1
+    return changed, alone
+
+
+def _joined(operations: Sequence[_Operation]) -> list[set[int]]:
+    """For each value all that may share its memory, now or later."""
+    memory = [{position} for position in range(len(operations))]
+    for position, operation in enumerate(operations):
+        _join(memory, position, operation.views)
+    return memory
+
+
+def _join(memory: list[set[int]], position: int, views: Iterable[int]) -> None:
+    """From now on a value shares memory with others; ``memory`` has for each all that share it."""
+    for viewed in views:
+        small, large = sorted((memory[position], memory[viewed]), key=len)
+        if small is not large:
+            large |= small
+            for value in small:
+                memory[value] = large
+
+
+def _cut(
+    tracer: NodePathTracer, features: dict[str, _Feature], keys: Mapping[str, str], plan: _Plan
+) -> None:
+    """Cut a graph down to its plan, and make the features its output.
+
+    Constants that are written into are made anew at each call. If the tracer is exact, what is
+    overwritten later is cloned before.
+    """
+    graph = tracer.graph
+    places = tracer.places
+    nodes = list(places)
+    clones: dict[tuple[fx.Node, int], fx.Node] = {}
+    renewed = set()
+    for position, after in plan.overwritten:
+        node = nodes[position]
+        if _is_constant(node):
+            renewed.add(node.target)
+        elif tracer.exact:
+            clone = _clone_after(node, nodes[after])
+            if plan.alone[position]:  # so gradients of what comes later reach the feature
+                later = set(nodes[after + 1 :])
+                node.replace_all_uses_with(clone, later.__contains__)
             else:
-                requested.add(place[node])
-    staying = set(_staying(operations, requested, reads))
-    asked = reads.union(zip(requested, requested))
-    changes = {
-        (nodes[taken], nodes[after]): nodes[writer]
-        for (taken, after), writer in _overwritten(operations, sorted(staying), asked).items()
-    }
-    kept = staying.union(after for _, after in reads)
-    tracer._baked = {node: lost for node, lost in tracer._baked.items() if place[node] in kept}
-    hazards = {} if tracer._exact else _hazards(tracer, features, changes)
-    clones = {read: _clone_after(graph, *read) for read in changes} if tracer._exact else {}
-    for position in reversed(range(len(nodes))):
-        if nodes[position].op == "output" or position not in staying:
-            graph.erase_node(nodes[position])
+                clones[node, after] = clone
+    staying = set(plan.stays)
+    for node in reversed(nodes):
+        if node.op == "output" or places[node] not in staying:
+            graph.erase_node(node)
     values = {}
     for query, (value, after) in features.items():
+        # Called at once, for each node in the value.
         values[keys[query]] = map_arg(value, lambda node: clones.get((node, after), node))  # noqa: B023
     graph.output(values)
-    return hazards
+    for target in renewed:
+        _renew(graph, target)
 
 
-def _clone_after(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
+def _renew(graph: fx.Graph, target: Any) -> None:
+    """Let all that fetches a constant take one clone of it."""
+    fetching = [node for node in _fetching(graph) if node.target == target]
+    clone = _clone_after(fetching[0], fetching[0])
+    for node in fetching:
+        node.replace_all_uses_with(clone, lambda user: user is not clone)
+
+
+def _clone_after(node: fx.Node, after: fx.Node) -> fx.Node:
     following = after.next
     while following.op == "placeholder":
         following = following.next
-    with graph.inserting_before(following):
-        return graph.call_function(_clone, (node,))
+    with node.graph.inserting_before(following):
+        return node.graph.call_function(_clone, (node,))
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:  # TorchScript takes what has no type for a tensor
@@ -872,149 +1175,161 @@ def _clone(value: torch.Tensor) -> torch.Tensor:  # TorchScript takes what has n
 
 
 def _clone_nested(value: Any) -> Any:
-    kinds = (torch.Tensor, fx.Proxy)  # which stands for a tensor where an extractor is traced again
-    clone = tree_map(lambda item: item.clone() if isinstance(item, kinds) else item, value)
-    return value if isinstance(value, torch.Size) else clone
+    # A proxy stands for a tensor where an extractor is traced again.
+    def clone(item: Any) -> Any:
+        return item.clone() if hasattr(item, "clone") else item
 
-
-# ---- hazards
-
-
-def _hazards(
-    tracer: NodePathTracer, features: dict[str, _Feature], changes: Mapping[Any, fx.Node]
-) -> dict[str, list[str]]:
-    """By query, where a value is not what the query says; changes are (node, after) -> what changes it."""
-    hazards: dict[str, list[str]] = collections.defaultdict(list)
-    for query, feature in features.items():
-        if _misleads(tracer, query, feature.value):
-            really = _described(tracer, feature.value, query)
-            hazards[query].append(f"is the value of {really}, not what the module {query!r} returns")
-        pairs = [(node, feature.after) for node in _nodes_in(feature.value)]
-        writers = [changes[pair] for pair in pairs if pair in changes]
-        if writers:
-            hazards[query].append(f"is overwritten in place by {_described(tracer, writers[0])}")
-    return hazards
-
-
-def _misleads(tracer: NodePathTracer, query: str, node: Any) -> bool:
-    """Whether a node is not the value of the module whose path its query is."""
-    if not isinstance(node, fx.Node):
-        return False
-    returned = tracer._returned.get(query)
-    if returned is None:  # the module is not called, or under another path
-        named = tracer.node_to_qualname.get(node) == query
-        return named and query in dict(tracer.root.named_modules(remove_duplicate=False))
-    # An operation in place gives back what it wrote into, so a module that ends with one returns either of two nodes.
-    same = node is returned.after and returned.value in _effects(tracer, node)[0]
-    return returned.value is not node and not same
-
-
-def _described(tracer: NodePathTracer, node: fx.Node, query: str = "") -> str:
-    if node.op == "call_module":
-        return f"{'a later call of ' * (node.target == query)}the module {str(node.target)!r}"
-    return f"the operation {tracer.node_to_qualname.get(node, node.name)!r}"
-
-
-def _warn_hazards(train: dict[str, list[str]], evaluation: dict[str, list[str]]) -> None:
-    """Warn once for each query."""
-    for query in {**train, **evaluation}:
-        said = dict.fromkeys([*train.get(query, []), *evaluation.get(query, [])])
-        _warn(f"the feature {query!r} {', and '.join(said)}; exact=True gives its own value", FeatureWarning)
+    return tree_map(clone, value)
 
 
 # ---- effects
-
-
-def _describe(tracer: NodePathTracer, nodes: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> list[_Operation]:
-    """What each node reads, writes and shares, as plain data."""
-    fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node that fetches it
-    operations = []
-    for node in nodes:
-        inputs = [place[taken] for taken in node.all_input_nodes]
-        writes, views = ([place[taken] for taken in effect] for effect in _effects(tracer, node))
-        if node.op == "get_attr":
-            views = [fetched.setdefault(node.target, place[node])]
-        elif node.op == "call_module":  # it also reads its own parameters and buffers
-            inputs += [at for path, at in fetched.items() if f"{path}.".startswith(f"{node.target}.")]
-        kind = node.op if node.op == "placeholder" else "assert" if node.target in _ASSERTS else ""
-        operations.append(_Operation(tuple(inputs), tuple(writes), tuple(views), kind))
-    return operations
-
 
 _ASSERTS = (torch._assert, _assert_is_none)
 # What can return its input, or a view of it, though torch's schemas do not say so.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
-    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos type_as".split()
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos"
+    " type_as".split()
 )
+
+
+# Of operators, and of the methods behind them.
+_WRITING = {"setitem", "__setitem__"}
+for _operator in _OPERATORS:
+    _WRITING.update((f"i{_operator}", f"__i{_operator}__"))
+
+
+def _operations(tracer: NodePathTracer) -> list[_Operation]:
+    """What each node reads, writes and shares, as plain data."""
+    places = tracer.places
+    fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node of it
+    operations = []
+    for node, place in places.items():
+        written, viewed = _effects(tracer, node)
+        inputs = [places[taken] for taken in node.all_input_nodes]
+        writes = [places[taken] for taken in written]
+        views = [places[taken] for taken in viewed]
+        if node.op == "get_attr":
+            views = [fetched.setdefault(node.target, place)]
+        kind = "assert" if node.target in _ASSERTS else node.op
+        if _is_constant(node):
+            kind = "constant"
+        replaced = node in tracer.replaced
+        operations.append(_Operation(inputs, writes, views, kind, replaced))
+    return operations
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node fetches a tensor that the forward made, and no state of the model."""
+    return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
 
 
 def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The inputs into whose memory a node writes, and those that its value may share memory with.
 
-    Torch's own operations do what torch declares. Of anything else it is believed that it writes if
-    nobody takes its value or a part of it works in place; if the tracer is exact, it always writes.
+    Torch's own operations do what torch declares. Of an opaque call, about which nobody says
+    anything, it is believed that it writes if nobody takes its value; if exact, it always writes.
     """
     inputs = node.all_input_nodes
+    opaque = (inputs if tracer.exact or not node.users else [], inputs)
     if node.op == "call_module":
-        effect = _module_effect(_at(tracer.root, str(node.target)), tracer._training or tracer._exact)
-        writing, viewing = effect or (tracer._exact or not node.users, True)
-        return inputs * writing, inputs * viewing
-    if node.op not in ("call_function", "call_method") or node.target in (*_ASSERTS, _clone):
+        module = _submodule(tracer.root, str(node.target))
+        return _module_effects(module, inputs, tracer.training or tracer.exact, opaque)
+    if node.op in ("call_function", "call_method"):
+        return _function_effects(node, opaque)
+    return [], []
+
+
+def _module_effects(
+    module: nn.Module,
+    inputs: list[fx.Node],
+    training: bool,
+    opaque: tuple[list[fx.Node], list[fx.Node]],
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What the call of a leaf writes and views."""
+    hands_on: tuple[list[fx.Node], list[fx.Node]] = ([], inputs)
+    if getattr(module, "inplace", None) is True:
+        writes = training or not isinstance(module, _DropoutNd)
+        return (inputs, inputs) if writes else hands_on
+    if getattr(type(module), "forward", None) is nn.Sequential.forward:
+        parts = (_module_effects(part, inputs, training, opaque) for part in module.children())
+        # The first part that does not just hand on its input decides.
+        return next((effects for effects in parts if effects != hands_on), hands_on)
+    package = type(module).__module__
+    if package.startswith("torch.nn.") and not isinstance(module, _VIEW_MODULES):
+        return [], []
+    if package.split(".")[0] in ("torch", "torchvision"):
+        return hands_on
+    in_place = [getattr(part, "inplace", None) is True for part in module.modules()]
+    return (inputs, inputs) if any(in_place) else opaque
+
+
+def _function_effects(
+    node: fx.Node, opaque: tuple[list[fx.Node], list[fx.Node]]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What the call of a function or method writes and views."""
+    inputs = node.all_input_nodes
+    first = _nodes_in(node.args[:1]) or inputs
+    target: Any = getattr(node.target, "overloadpacket", node.target)
+    name = _name(target)
+    # Of what is built into torch the module is None; methods are a tensor's.
+    library = str(getattr(target, "__module__", None) or "torch").split(".")[0]
+    if target in (*_ASSERTS, _clone):
+        return [], []
+    if name == "getattr" and node.args[1] == "shape":
         return [], []
     if "out" in node.kwargs:
-        return (_nodes_in(node.kwargs["out"]),) * 2
-    library = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]  # methods are a tensor's
-    if library == "_operator" and node.target not in (operator.getitem, operator.pos):
-        return [], []
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    parameters = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
-    told = {**dict(zip(parameters, node.args)), **node.kwargs}.get("inplace") is True
-    if told or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-        written = _nodes_in(node.args[:1]) or inputs
+        written = _nodes_in(node.kwargs["out"])
         return written, written
-    if not isinstance(node.target, str) and library not in ("torch", "_operator", "math", "builtins"):
-        return inputs if tracer._exact or not node.users else [], inputs
-    packet = getattr(node.target, "overloadpacket", node.target)
-    aliases = _aliases(getattr(packet, "_qualified_op_name", f"aten::{name}"))
-    if aliases is None or name in _VIEW_FUNCTIONS:
+    is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
+    if is_unknown or target is setattr:  # such as a dict's update; what is put in is shared
+        return first, inputs
+    if library == "_operator" and name not in (*_VIEW_FUNCTIONS, *_WRITING):
+        return [], []  # the underscore of and_ and or_ means nothing
+    if _is_in_place(node):
+        return first, first
+    if library not in ("torch", "_operator", "math", "builtins"):
+        return opaque
+    if name in _VIEW_FUNCTIONS:
         return [], inputs
-    arguments: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
-    writes, views = (_nodes_in([arguments[at] for at in alias if at in arguments]) for alias in aliases)
-    return writes, views
+    writes, views = _declared(getattr(target, "_qualified_op_name", f"aten::{name}"))
+    return (inputs if writes else [], first if views else [])
 
 
-def _module_effect(module: nn.Module, training: bool) -> tuple[bool, bool] | None:
-    """Whether a leaf writes into its inputs, and whether it may return them; None if nobody says so."""
-    if getattr(module, "inplace", None) is True:
-        return training or not isinstance(module, _DropoutNd), True
-    if getattr(type(module), "forward", None) is nn.Sequential.forward:
-        effects = [_module_effect(child, training) for child in module.children()]
-        # A child that writes does so into the module's input if those before it may return their inputs.
-        for effect in effects:
-            if effect is None or effect[0] or not effect[1]:
-                return effect
-        return False, True
-    package = type(module).__module__
-    if package.split(".")[0] in ("torch", "torchvision"):
-        return False, isinstance(module, _VIEW_MODULES) or not package.startswith("torch.nn")
-    return (True, True) if any(getattr(part, "inplace", None) is True for part in module.modules()) else None
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a function or method writes into its first argument, as its name or inplace= says."""
+    name = _name(node.target)
+    code = getattr(node.target, "__code__", None)
+    parameters = getattr(code, "co_varnames", ())
+    arguments = {**dict(zip(parameters, node.args)), **node.kwargs}
+    is_named_so = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
+    return is_named_so or arguments.get("inplace") is True
+
+
+def _name(target: Any) -> str:
+    target = getattr(target, "overloadpacket", target)
+    return getattr(target, "__name__", str(target))
 
 
 @functools.lru_cache(maxsize=None)
-def _aliases(operator_name: str) -> tuple[frozenset[Any], frozenset[Any]] | None:
-    """By position and name, what an operator writes to and what it may return a view of; None without a schema."""
+def _declared(operator_name: str) -> tuple[bool, bool]:
+    """Whether an operator writes into tensors, and whether it may return a view of one."""
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
-    writes: set[Any] = set()
-    views: set[Any] = set()
-    for position, argument in itertools.chain.from_iterable(enumerate(schema.arguments) for schema in schemas):
-        # Of "Tensor[](a!) self" the list itself is written to.
-        if argument.alias_info is None or str(argument.type) not in ("Tensor", "Optional[Tensor]"):
-            continue
-        places = {argument.name} if argument.kwarg_only else {argument.name, position}
-        views |= places
-        writes |= places if argument.alias_info.is_write else set()
-    return (frozenset(writes), frozenset(views)) if schemas else None
+    found = []
+    for schema in schemas:
+        for argument in schema.arguments:
+            alias = argument.alias_info
+            # Of "Tensor[](a!) self" the list itself is written to; out= is looked at by name.
+            is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]")
+            if alias is not None and is_tensor and not argument.kwarg_only:
+                found.append(alias.is_write)
+    return any(found), bool(found) or not schemas
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    for name in path.split("."):
+        root = root._modules[name]  # type: ignore[assignment]
+    return root
 
 
 def _nodes_in(arguments: Any) -> list[fx.Node]:
@@ -1023,19 +1338,126 @@ def _nodes_in(arguments: Any) -> list[fx.Node]:
     return found
 
 
+# ---- what is said
+
+
+def _find_flaws(
+    tracers: dict[str, NodePathTracer],
+    features: dict[str, dict[str, _Feature]],
+    plans: dict[str, _Plan],
+) -> list[str]:
+    """What the features are not, once for each query and for each kind of loss."""
+    flaws: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    losses: dict[str, str] = {}
+    for mode, tracer in tracers.items():
+        for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
+            flaws[query][text] = None
+        for kind, (position, text) in tracer.losses.items():
+            if position <= plans[mode].end:
+                losses.setdefault(kind, text)
+        for position in plans[mode].missed:
+            operation = _described(tracer, list(tracer.places)[position])
+            losses.setdefault(
+                _NOT_IN_PLACE, f"{operation} {_NOT_IN_PLACE}; exact=True works in place"
+            )
+    own = "exact=True gives its own value, or an error"
+    texts = [f"the feature {query!r} {', and '.join(flaws[query])}; {own}" for query in flaws]
+    return [*texts, *losses.values()]
+
+
+def _feature_flaws(
+    tracer: NodePathTracer, features: dict[str, _Feature], plan: _Plan
+) -> Iterator[tuple[str, str]]:
+    """Each query whose value is not what it says, and why; none if the tracer is exact."""
+    if tracer.exact:
+        return
+    nodes = list(tracer.places)
+    for query, feature in features.items():
+        if _is_misleading(tracer, query, feature):
+            really = _described(tracer, feature.value, query)
+            yield query, f"is the value of {really}, not what the module {query!r} returns"
+        for place in tracer.places_of(_nodes_in(feature.value)):
+            writer = plan.overwritten.get((place, feature.after))
+            if writer is not None:
+                yield query, f"is overwritten in place by {_described(tracer, nodes[writer])}"
+                break
+
+
+def _is_misleading(tracer: NodePathTracer, query: str, feature: _Feature) -> bool:
+    """Whether a query is the path of a module that returned something else, or was not called."""
+    node, after = feature
+    if not isinstance(node, fx.Node):
+        return False
+    if query not in tracer.returned:
+        return query in tracer.paths
+    returned, returned_after = tracer.returned[query]
+    if returned is node:
+        return False
+    # The last operation may have written into what was returned: that is the same memory.
+    written, _ = _effects(tracer, node)
+    return returned_after != after or returned not in written
+
+
+def _described(tracer: NodePathTracer, node: fx.Node, query: str = "") -> str:
+    if node.op != "call_module":
+        return f"the operation {tracer.node_to_qualname.get(node, node.name)!r}"
+    if node.target == query:
+        return f"a later call of the module {query!r}"
+    return f"the module {node.target!r}"
+
+
+def _warn_flaws(flaws: Iterable[str]) -> None:
+    for flaw in flaws:
+        _warn(flaw, FeatureWarning)
+
+
+def _run_alike(tracers: dict[str, NodePathTracer]) -> bool:
+    """Whether after the cut both modes run nodes of the same names."""
+    train, evaluation = tracers.values()
+    names = map(train.node_to_qualname.get, train.graph.nodes)
+    others = map(evaluation.node_to_qualname.get, evaluation.graph.nodes)
+    return list(names) == list(others)
+
+
+def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
+    """Warn if the two modes have different names, and say which."""
+    names = {"train": train_tracer.names, "eval": eval_tracer.names}
+    if names["train"] == names["eval"]:
+        return
+    said = []
+    for mode, other in (("train", "eval"), ("eval", "train")):
+        others = set(names[other])
+        only = ", ".join(name for name in names[mode] if name not in others)
+        if only:
+            said.append(f"only in {mode} mode: {textwrap.shorten(only, 200, placeholder=' …')}")
+    difference = "; ".join(said) or "the order of the nodes"
+    _warn(
+        f"the train graph and the eval graph differ: {difference}. A query without a match in one"
+        " of them needs train_return_nodes and eval_return_nodes; suppress_diff_warning=True"
+        " silences it."
+    )
+
+
+def _warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called the public function."""
+    warnings.warn(message, category, stacklevel=4)
+
+
 # ---- the two-mode module
 
 
 class DualGraphModule(fx.GraphModule):
     """A module with a graph for each mode; calling it runs the graph of the mode that it is in.
 
-    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So all
-    follows the mode, however it is set: ``torch.compile``, ``torch.jit.script``, copies and pickles.
+    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So
+    all follows the mode, however it is set: ``torch.compile``, ``torch.jit.script``, copies and
+    pickles.
 
     Args:
         root: the module from which the graphs' modules, parameters and buffers are taken; they are
             shared, under the same paths. The new module starts in its mode.
-        train_graph, eval_graph: the graphs. Change them as any ``fx.Graph`` and call ``recompile()``.
+        train_graph, eval_graph: the graphs. Change them as any ``fx.Graph`` and call
+            ``recompile()``.
         class_name: the name of the new module's class.
 
     Raises:
@@ -1044,20 +1466,31 @@ class DualGraphModule(fx.GraphModule):
 
     # TorchScript would compile properties; these are for Python alone.
     __jit_unused_properties__ = ["graph", "code", "_graph", "_code", "_boxed_call"]
-    _lineno_map = _prologue_start = None  # torch.compile asks for them
+    # torch.compile asks for these; with annotations TorchScript would, too.
+    _lineno_map = _prologue_start = None  # type: ignore[assignment]
 
     def __init__(
-        self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, class_name: str = "GraphModule"
+        self,
+        root: nn.Module,
+        train_graph: fx.Graph,
+        eval_graph: fx.Graph,
+        class_name: str = "GraphModule",
     ) -> None:
         # fx.GraphModule's own __init__ knows one graph; what it sets up is set up here.
         nn.Module.__init__(self)
         type(self).__name__ = class_name
-        self.meta: dict[str, Any] = {}
-        self.training = root.training
-        self.train_graph, self.eval_graph = train_graph, eval_graph
-        for node in itertools.chain(train_graph.nodes, eval_graph.nodes):
-            if node.op in ("call_module", "get_attr"):
-                _share(root, self, str(node.target))
+        nodes = [*_fetching(train_graph), *_fetching(eval_graph)]
+        for target in dict.fromkeys(str(node.target) for node in nodes):
+            _copy_attr(root, self, target)
+        for path, module in self.named_modules():
+            if type(module) in (nn.Module, type(self)):  # made here; the others are shared
+                source = root.get_submodule(path)
+                module.training = source.training
+                made = module._buffers.keys() - source._buffers.keys()  # constants are no state
+                module._non_persistent_buffers_set |= made | source._non_persistent_buffers_set
+        self.train_graph = train_graph
+        self.eval_graph = eval_graph
+        vars(self)["meta"] = {}  # also where a module of the model has this name
         self.recompile()
 
     @property
@@ -1073,94 +1506,87 @@ class DualGraphModule(fx.GraphModule):
     @property
     def code(self) -> str:
         """The Python source of the mode that the module is in."""
-        return self._featx_codes[not self.training].src
+        return _generate(self.graph).src
 
     _graph, _code = graph, code  # what the methods of fx.GraphModule read
 
     def recompile(self) -> _Code:  # type: ignore[override]
-        """Compile both graphs again, as is needed after one was changed; gives the active mode's code."""
+        """Compile both graphs, as is needed after a change; gives the active mode's code."""
         self.train_graph.owning_module = self.eval_graph.owning_module = self
-        train, evaluation = _generate(self.train_graph), _generate(self.eval_graph)
-        if train == evaluation:
-            _define(self, "forward", train)
-        else:
-            _define(self, "_featx_train", train)
-            _define(self, "_featx_eval", evaluation)
-            _define(self, "forward", _dispatcher(self.train_graph, train))
-        self._featx_codes = train, evaluation
-        return self._featx_codes[not self.training]
+        train = _generate(self.train_graph)
+        evaluation = _generate(self.eval_graph)
+        methods = {"forward": train}
+        if train != evaluation:
+            methods = {"_featx_train": train, "_featx_eval": evaluation}
+            methods["forward"] = _dispatcher(self.train_graph, train)
+        for name, code in methods.items():
+            _define(self, name, code)
+        return train if self.training else evaluation
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles: both modes or, where that fails, the active one."""
         with contextlib.suppress(RuntimeError):
             create_script_module(self, infer_methods_to_compile)  # type: ignore[no-untyped-call]
             return self
-        _warn(f"TorchScript cannot compile both modes, and gets the {'train' if self.training else 'eval'} mode only")
+        mode = "train" if self.training else "eval"
+        _warn(f"TorchScript cannot compile both modes, and gets the {mode} mode only")
         one = copy.copy(self)
         one.train_graph = one.eval_graph = one.graph
         one.recompile()
         return one
 
     def __getstate__(self) -> dict[str, Any]:
-        skipped = ("_featx_codes", "_compiled_call_impl")  # nn.Module.compile() made this, for this module
-        state = {name: value for name, value in vars(self).items() if name not in skipped}
-        state.update({name: copy.copy(value) for name, value in state.items() if isinstance(value, dict)})
-        graphs = {"train_graph": _pack(self.train_graph), "eval_graph": _pack(self.eval_graph)}
-        return {**state, **graphs, "_class_name": type(self).__name__}
+        state = dict(
+            vars(self),
+            train_graph=_pack(self.train_graph),
+            eval_graph=_pack(self.eval_graph),
+            class_name=type(self).__name__,
+        )
+        state.pop("_compiled_call_impl", None)  # nn.Module.compile() made it for this module
+        for name, value in state.items():
+            if isinstance(value, dict):
+                state[name] = copy.copy(value)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        graphs = {name: _unpack(state[name]) for name in ("train_graph", "eval_graph")}
-        super().__setstate__({**state, **graphs})  # type: ignore[no-untyped-call]
-        type(self).__name__ = vars(self).pop("_class_name")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        type(self).__name__ = vars(self).pop("class_name")
+        self.train_graph = _unpack(state["train_graph"])
+        self.eval_graph = _unpack(state["eval_graph"])
         self.recompile()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each instance has a class of its own; below it is the real one.
-        return fx.GraphModule.__new__, (type(self).__mro__[1],), self.__getstate__()
+        own = type(self).__mro__[1]
+        return fx.GraphModule.__new__, (own,), self.__getstate__()
 
-    __copy__ = __deepcopy__ = None  # type: ignore[assignment]  # fx.GraphModule's know one graph; copy goes by __reduce__
+    # fx.GraphModule's knows one graph; without it copy goes by __reduce__.
+    __deepcopy__ = None  # type: ignore[assignment]
 
-
-def _share(root: nn.Module, new: nn.Module, target: str) -> None:
-    """Put what lies at a path of ``root`` at the same path of ``new``."""
-    *path, name = target.split(".")
-    value = _at(root, target)
-    for part in path:
-        root, parent = _at(root, part), new
-        if parent._modules.get(part) is root:
-            return  # a leaf that holds it
-        if part not in parent._modules:
-            parent._modules[part] = nn.Module()  # for a container, which is not called
-            parent._modules[part].training = root.training  # type: ignore[union-attr]
-        new = parent._modules[part]  # type: ignore[assignment]
-    if isinstance(value, nn.Module):
-        new._modules[name] = value
-    elif isinstance(value, torch.Tensor):
-        held: dict[str, Any] = new._parameters if isinstance(value, nn.Parameter) else new._buffers
-        held[name] = value
-        new._non_persistent_buffers_set.update({name} & root._non_persistent_buffers_set)
-    else:
-        setattr(new, name, value)
+    def __copy__(self) -> DualGraphModule:  # which nn.DataParallel calls by this name
+        make, arguments, state = self.__reduce__()
+        copied: DualGraphModule = make(*arguments)
+        copied.__setstate__(state)
+        return copied
 
 
-def _at(root: nn.Module, target: str) -> Any:
-    """What lies at a path, also where an attribute of the class hides it."""
-    found: Any = root
-    for name in target.split("."):
-        found = found._modules[name] if name in found._modules else getattr(found, name)
-    return found
+def _fetching(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose target is a path."""
+    return [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
 
 
 class _Code(NamedTuple):
-    src: str  # what is shown, torch.fx's own
-    run: str  # what runs, line by line the same, but by dicts: in a tenth of the time of nn.Module.__getattr__
+    """The generated code of a graph, in two forms that are the same line by line."""
+
+    src: str  # torch.fx's own, which is shown, and which TorchScript compiles
+    run: str  # what runs: it finds modules in dicts, at a tenth of nn.Module.__getattr__'s cost
     globals: dict[str, Any]
 
 
 def _generate(graph: fx.Graph) -> _Code:
     """The code of a graph, in which a path is never more than a path."""
-    fetching = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    targets = [str(node.target) for node in fetching]
+    fetching = _fetching(graph)
+    targets = [node.target for node in fetching]
     try:
         for number, node in enumerate(fetching):
             node.target = f"_featx_{number}_"
@@ -1169,42 +1595,62 @@ def _generate(graph: fx.Graph) -> _Code:
         for node, target in zip(fetching, targets):
             node.target = target
 
-    def written(in_dicts: bool) -> str:
-        return re.sub(r"self\._featx_(\d+)_", lambda match: _fetch(fetching[int(match[1])], in_dicts), code.src)
+    # "x += y;  iadd = x" becomes "iadd = x;  iadd += y", so that a number x stays.
+    pattern, replacement = r"^    (\w+) (\W+=) (.+);  (\w+) = \1\b", r"    \4 = \1;  \4 \2 \3"
+    plain = re.sub(pattern, replacement, code.src, flags=re.MULTILINE)
 
-    return _Code(written(in_dicts=False), written(in_dicts=True), code.globals)
+    def with_paths(source: Callable[[fx.Node], str]) -> str:
+        def written(match: re.Match[str]) -> str:
+            return source(fetching[int(match[1])])
+
+        return re.sub(r"self\._featx_(\d+)_", written, plain)
+
+    return _Code(with_paths(_shown_source), with_paths(_fast_source), code.globals)
 
 
-def _fetch(node: fx.Node, in_dicts: bool) -> str:
-    """An expression for what lies at a path."""
+def _shown_source(node: fx.Node) -> str:
+    return functools.reduce(_attribute, str(node.target).split("."), "self")
+
+
+def _fast_source(node: fx.Node) -> str:
     *path, name = str(node.target).split(".")
-    if not in_dicts:
-        return functools.reduce(_attribute, [*path, name], "self")
-    source = "self" + "".join(f"._modules[{part!r}]" for part in path)
-    return f"{source}._modules[{name!r}]" if node.op == "call_module" else _attribute(source, name)
+    parent = "self" + "".join(f"._modules[{part!r}]" for part in path)
+    if node.op == "call_module":
+        return f"{parent}._modules[{name!r}]"
+    return _attribute(parent, name)
 
 
 def _attribute(source: str, name: str) -> str:
-    is_plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
-    return f"{source}.{name}" if is_plain else f"getattr({source}, {name!r})"
+    if name.isascii() and name.isidentifier() and not keyword.iskeyword(name):
+        return f"{source}.{name}"
+    return f"getattr({source}, {name!r})"
 
 
 def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
     """A ``forward`` that picks the method of the mode; graph and code are those of one."""
-    head = next(line for line in code.src.splitlines() if line.startswith("def "))
-    call = ", ".join(str(node.target) for node in graph.nodes if node.op == "placeholder")
-    body = f"    if self.training:\n        return self._featx_train({call})\n    return self._featx_eval({call})"
-    return _Code(f"{head}\n{body}", f"{head}\n{body}", code.globals)
+    head = next(filter(re.compile("def ").match, code.src.splitlines()))
+    arguments = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    call = ", ".join(arguments)
+    source = f"""{head}
+    if self.training:
+        return self._featx_train({call})
+    return self._featx_eval({call})"""
+    return _Code(source, source, code.globals)
 
 
 _file_numbers = itertools.count()
 
 
 def _define(module: DualGraphModule, method: str, code: _Code) -> None:
-    """Make code a method of the module's own class; while the module lives, tracebacks find what is shown."""
+    """Make code a method of the module's own class.
+
+    While the module lives, tracebacks find the source that is shown.
+    """
     filename = f"<featx {next(_file_numbers)}>"
-    shown, run = (source.replace("def forward(", f"def {method}(", 1) for source in (code.src, code.run))
-    linecache.cache[filename] = (len(shown), None, shown.splitlines(True), filename)
+    shown = code.src.replace("def forward(", f"def {method}(", 1)
+    run = code.run.replace("def forward(", f"def {method}(", 1)
+    lines = shown.splitlines(keepends=True)
+    linecache.cache[filename] = (len(shown), None, lines, filename)
     weakref.finalize(module, linecache.cache.pop, filename, None)
     namespace = dict(code.globals)
     exec(compile(run, filename, "exec", dont_inherit=True), namespace)
@@ -1217,85 +1663,112 @@ class _Reference(str):
 
 def _pack(graph: fx.Graph) -> tuple[Any, ...]:
     """A graph as plain data that can be copied and pickled."""
-    nodes: list[Any] = []
+    nodes = []
     for node in graph.nodes:
-        target, arguments = node.target, map_arg((node.args, node.kwargs), lambda taken: _Reference(taken.name))
-        with contextlib.suppress(Exception):  # pickle cannot find all of torch's functions
-            name = _get_qualified_name(target).partition("torch.")[2]
-            target = _Reference(name) if operator.attrgetter(name)(torch) is target else target
-        nodes.append((node.op, target, arguments, node.name, node.type, node.meta))
+        arguments = map_arg((node.args, node.kwargs), _reference)
+        target = _packed_target(node.target)
+        packed = (node.op, target, arguments, node.name, node.type, node.meta)
+        nodes.append(packed)
     return tuple(nodes)
+
+
+def _reference(node: fx.Node) -> _Reference:
+    return _Reference(node.name)
+
+
+def _packed_target(target: Any) -> Any:
+    """By name what pickle cannot find by itself, as torch.ops and functional.max_pool2d."""
+    with contextlib.suppress(Exception):
+        name = _get_qualified_name(target).partition("torch.")[2]
+        if operator.attrgetter(name)(torch) is target:
+            return _Reference(name)
+    return target
 
 
 def _unpack(packed: tuple[Any, ...]) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
+
+    def referred(item: Any) -> Any:
+        return nodes[item] if isinstance(item, _Reference) else item
+
     for op, target, arguments, name, type_expr, meta in packed:
-        target = operator.attrgetter(target)(torch) if isinstance(target, _Reference) else target
-        args, kwargs = map_aggregate(arguments, lambda item: nodes[item] if isinstance(item, _Reference) else item)
+        if isinstance(target, _Reference):
+            target = operator.attrgetter(target)(torch)
+        args, kwargs = map_aggregate(arguments, referred)
         nodes[name] = graph.create_node(op, target, args, kwargs, name, type_expr)
         nodes[name].meta = copy.copy(meta)
     return graph
 
 
-# ---- guards
+# ---- the model as it was
 
 _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the whole process
 
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
-    """Leave the model and the CPU's random state as they were; gives what restores modes and attributes in between."""
+    """Leave the model and the CPU's random state as they were.
+
+    Gives what restores modes and attributes in between.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
-    with _tracing, torch.random.fork_rng(devices=[]), contextlib.ExitStack() as undo:
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        kind = type(model).__name__
+        raise TypeError(
+            f"{kind} holds compiled code: hand in the module that it was made from (_orig_mod)"
+        )
+    same_numbers = torch.random.fork_rng(devices=[])
+    with _tracing, same_numbers, contextlib.ExitStack() as undo:
         for buffer in model.buffers():
-            with contextlib.suppress(RuntimeError, ValueError):  # of lazy ones, and types without a copy
-                if not buffer.is_inference():  # data: what autograd has saved of a buffer stays valid
+            with contextlib.suppress(RuntimeError, ValueError):  # lazy ones, types without a copy
+                if not buffer.is_inference():
+                    # By data: what autograd has saved of a buffer stays valid.
                     undo.callback(buffer.data.copy_, buffer.detach().clone())
         for parameter in model.parameters():  # which some models freeze in their train()
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            if not nn.parameter.is_lazy(parameter):
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
         restore = _snapshot(model)
         undo.callback(restore)
         yield restore
 
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:
-    """Note modes, attributes and the dicts and lists in them, however deep; gives what restores them.
+    """Note modes, attributes and the dicts and lists in them, however deep.
 
-    New attributes go, but for those of the classes ``keep``.
+    Gives what restores them: new attributes go, but for those of the classes ``keep``.
     """
     modes = [(module, module.training) for module in model.modules()]
-    held: list[Any] = [vars(module) for module, _ in modes]
-    seen = set(map(id, held))
-    for container in held:  # which grows
+    contents: dict[int, tuple[Any, Any]] = {}
+
+    def note(container: Any) -> None:
+        contents[id(container)] = container, container.copy()
         for item in container.values() if isinstance(container, dict) else container:
-            if type(item) in _CONTAINERS and id(item) not in seen:
-                seen.add(id(item))
-                held.append(item)
-    nothing: Any = {}
-    noted = [(container, container.copy() if container else nothing) for container in held]  # most are empty
+            if type(item) in _CONTAINERS and id(item) not in contents:
+                note(item)
 
     def restore(keep: tuple[type, ...] = ()) -> None:
         for module, training in modes:
-            if module.training != training:  # by the method: some do more in it than set the attribute
-                getattr(module, "train" if training else "eval")()
-        for container, before in noted:
+            if module.training != training:  # by the method, since some do more in it
+                module.train(training)
+        for container, before in contents.values():
             if not isinstance(container, dict):
                 container[:] = before
-            elif container or before:
-                if container.keys() != before.keys():
-                    for name in [name for name in container if name not in before]:
-                        if not isinstance(container[name], keep):
-                            del container[name]
+                continue
+            if before:  # most are empty
                 container.update(before)
+            if len(container) > len(before):
+                for name in [name for name in container if name not in before]:
+                    if not isinstance(container[name], keep):
+                        del container[name]
 
+    for module, _ in modes:
+        note(vars(module))
     return restore
 
 
 _CONTAINERS = frozenset([dict, list, collections.OrderedDict, collections.defaultdict])
-
-
 # ---- command line
 
 
@@ -1314,7 +1787,8 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     --auto-leaf      make leaves of what cannot be traced
     --json           print for machines: the features, or the names of both modes
     --check          a file of --json to compare the names with
-    --plot           a file to draw the features in, such as features.png; needs matplotlib
+    --plot           a file to draw the features in, such as features.png: maps and matrices;
+                     needs matplotlib
     --debug          show the traceback of an error
 
     The exit code is 1 if --check finds a difference, 2 for wrong input, 130 after an interrupt.
@@ -1333,8 +1807,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-        parser.error(textwrap.shorten(reason, 300))
+        parser.error(textwrap.shorten(f"{type(error).__name__}: {error}", 300))
     return 1 if text and options.check else 0
 
 
@@ -1342,7 +1815,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "featx",
         usage=argparse.SUPPRESS,  # an error is one line
-        description=inspect.getdoc(_main),
+        description=_main.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model")
@@ -1354,30 +1827,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What is to be said of a feature, by the repr of its query.
+# What is to be said of a feature, by its query.
 _notes: dict[str, str] = collections.defaultdict(str)
 
 
 def _show(message: Warning | str, *_: Any) -> None:
     """In place of ``warnings.showwarning``."""
-    said = re.match(r"the feature (.+?['\"]) (.+); exact=True", str(message))
+    said = re.match(r"the feature ['\"](.+?)['\"] (.+); exact=True", str(message))
     if said:
         _notes[said[1]] += f"{said[2]}. "
     else:
         print("featx: warning:", *str(message).split(), file=sys.stderr)
 
 
+@torch.no_grad()
 def _run(options: argparse.Namespace) -> str:
     """What is to be printed."""
     model = _model(options)
+    given = _input(options)
+    expected: Any = {}
     if options.check is not None:
-        return _differences(model, options)
-    found: Any = _names(model, options)
-    if options.queries or not options.json:
-        found = _rows(model, found, options)
-    if options.json:
+        expected = json.loads(pathlib.Path(options.check).read_bytes())
+    settings = {
+        "suppress_diff_warning": True,
+        "exact": expected.get("exact", options.exact),
+        "auto_leaf": options.auto_leaf,
+    }
+    names = get_graph_node_names(model, **settings)
+    if options.check is not None:
+        return _differences(expected, names._asdict(), options.check)
+    if options.json and not options.queries:
+        found = {
+            "model": options.model,
+            "exact": options.exact,
+            **names._asdict(),
+        }
         return json.dumps(found, indent=1)
-    return _align(found)
+    queries = _queries(names, options)
+    modes = (queries, ()) if options.train else ((), queries)
+    extractor = create_feature_extractor(
+        model,
+        None,
+        *modes,
+        **settings,
+    )
+    values = {} if given is None else extractor(given)
+    if options.plot:
+        _plot(values, options.plot)
+    rows = [*_rows(extractor, queries, values)]
+    return json.dumps(rows, indent=1) if options.json else _table(rows)
 
 
 def _model(options: argparse.Namespace) -> nn.Module:
@@ -1386,104 +1884,55 @@ def _model(options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)  # for the weights of a model that is built without any
     model: nn.Module = build(**json.loads(options.kwargs or "{}"))
     if options.checkpoint:
-        state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
+        state = torch.load(
+            options.checkpoint,
+            map_location="cpu",
+            weights_only=True,
+        )
         model.load_state_dict(state)
-    model.to(options.device)
-    return model.train(options.train)
+    return model.to(options.device).train(options.train)
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """How both public functions are to trace."""
-    return {
-        "suppress_diff_warning": True,
-        "exact": options.exact,
-        "auto_leaf": options.auto_leaf,
-    }
-
-
-def _names(model: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    names = get_graph_node_names(model, **_settings(options))
-    return {"model": options.model, "exact": options.exact, **names._asdict()}
-
-
-def _differences(model: nn.Module, options: argparse.Namespace) -> str:
-    """How the names differ from those in a file."""
-    expected = json.loads(pathlib.Path(options.check).read_bytes())
-    options.exact = expected["exact"]
-    found = _names(model, options)
+def _differences(expected: Any, names: dict[str, list[str]], path: str) -> str:
+    """How the names of each mode differ from those in a file."""
     lines: list[str] = []
-    for mode in ("train", "eval"):
+    for mode in names:
         lines += difflib.unified_diff(
             expected[mode],
-            found[mode],
-            f"{mode}: {options.check}",
-            f"{mode}: {options.model}",
-            n=1,
+            names[mode],
+            path,
+            mode,
             lineterm="",
         )
     return "\n".join(lines)
 
 
-def _rows(
-    model: nn.Module, names: dict[str, Any], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """What there is to be said of the features, or of all nodes of a mode."""
-    mode = "train" if options.train else "eval"
-    shared = set(names["train"]).intersection(names["eval"])
-    for name in shared.symmetric_difference(names[mode]):
-        _notes[repr(name)] += f"{mode} only. "
-    # "layer4=deep" gives {"layer4": "deep"}, and "layer1" gives {"layer1": "layer1"}.
-    asked = options.queries or names[mode]
-    pairs = [f"{query}={query}" for query in asked]
-    queries = dict(pair.split("=")[:2] for pair in pairs)
-    modes = (queries, ()) if options.train else ((), queries)
-    extractor = create_feature_extractor(model, None, *modes, **_settings(options))
-    values = _values(extractor, options)
-    if options.plot:
-        _plot(values, options.plot)
-    *_, output = extractor.graph.nodes
-    rows = []
-    for query, key in queries.items():
-        row = {
-            "name": key,
-            **_operation(extractor, output.args[0][key]),
-            **_statistics(values.get(key)),
-            "note": _notes[repr(query)],
-        }
-        rows.append(row)
-    return rows
+def _queries(names: NodeNames, options: argparse.Namespace) -> dict[str, str]:
+    """What is asked for, query -> key: ``layer4=deep``, or all names of the mode."""
+    own, other = names if options.train else reversed(names)
+    for name in set(own).difference(other):
+        _notes[name] += "in this mode only. "
+    queries = {}
+    for asked in options.queries or own:
+        query, _, key = asked.partition("=")
+        queries[query] = key or query
+    return queries
 
 
-def _operation(extractor: nn.Module, node: Any) -> dict[str, str]:
-    """The operation that computes a feature, if it is one."""
-    if not isinstance(node, fx.Node):
-        return {}
-    if getattr(node.target, "__module__", None) == __name__:  # a clone of what is meant
-        return _operation(extractor, node.args[0])
-    target = node._pretty_print_target(node.target)
-    if node.op == "call_module":
-        target = type(extractor.get_submodule(target)).__name__
-    return {"operation": node.op, "target": target}
-
-
-@torch.no_grad()
-def _values(extractor: nn.Module, options: argparse.Namespace) -> Any:
-    """The features, if there is an input."""
+def _input(options: argparse.Namespace) -> torch.Tensor | None:
     if options.image:
-        given = _photograph(options.image)
-    elif options.input:
-        given = torch.rand(*map(int, options.input.split(",")))
-    else:
-        return {}
-    return extractor(given.to(options.device))
+        return _photograph(options.image).to(options.device)
+    if options.input:
+        return torch.rand(json.loads(f"[{options.input}]"), device=options.device)
+    return None
 
 
 def _photograph(path: str) -> torch.Tensor:
     """``(1, 3, 224, 224)``, normalized as torchvision's classifiers expect it.
 
-    Their presets make the short side 256 long and take the middle 224 x 224. This takes the middle
-    first, 14/16 of the short side, and makes that 224 long: the same but for parts of a pixel, since
-    they round the middle to whole pixels.
+    Their presets make the short side 256 long and take the middle 224 x 224. This takes the
+    middle first, 14/16 of the short side, and makes that 224 long: the same but for parts of a
+    pixel, since they round the middle to whole pixels.
     """
     from PIL import Image, ImageOps
 
@@ -1492,63 +1941,67 @@ def _photograph(path: str) -> torch.Tensor:
     std = torch.tensor([0.229, 0.224, 0.225])
     with Image.open(path) as file:
         upright = ImageOps.exif_transpose(file).convert("RGB")
-    bilinear = Image.Resampling.BILINEAR
-    image = ImageOps.fit(upright, (224, 224), bilinear, bleed=1 / 16)
-    levels = torch.tensor(list(image.tobytes()))
-    pixels = levels.reshape(224, 224, 3) / 255
-    normalized = (pixels - mean) / std
-    return normalized.permute(2, 0, 1)[None]
+    image = ImageOps.fit(upright, (224, 224), Image.Resampling.BILINEAR, bleed=1 / 16)
+    pixels = torch.tensor(list(image.tobytes())).reshape(224, 224, 3) / 255
+    return ((pixels - mean) / std).permute(2, 0, 1)[None]
 
 
-def _statistics(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, torch.Tensor):
-        shapes = tree_map(lambda part: getattr(part, "shape", part), value)
-        return {"value": str(shapes)}
-    row: dict[str, Any] = {
-        "shape": list(value.shape),
-        "dtype": str(value.dtype),
-    }
-    # Integers have no mean; empty, complex, sparse and meta tensors have none of these.
-    with contextlib.suppress(RuntimeError):
-        for name in ("min", "max", "mean", "std"):
-            number = getattr(value, name)().item()
-            row[name] = float(f"{number:.5g}")
-    return row
+def _rows(
+    extractor: DualGraphModule,
+    queries: dict[str, str],
+    values: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """What there is to be said of each feature, as far as it goes.
+
+    A structure has no operation, and what is no tensor no shape. Integers have no mean; empty,
+    complex, sparse and meta tensors have no statistics.
+    """
+    *_, output = extractor.graph.nodes
+    for query, key in queries.items():
+        node = output.args[0][key]
+        value: Any = values.get(key)
+        row: dict[str, Any] = {"name": key}
+        with contextlib.suppress(AttributeError, RuntimeError):
+            if node.target is _clone:  # of what is meant
+                node = node.args[0]
+            row["operation"] = node.op
+            row["target"] = node._pretty_print_target(node.target)
+            if node.op == "call_module":
+                row["target"] = type(extractor.get_submodule(node.target)).__name__
+            row["shape"] = list(value.shape)
+            row["dtype"] = str(value.dtype)
+            for name in "min max mean std".split():
+                number = getattr(value, name)().item()
+                row[name] = float(f"{number:.5g}")
+        row["note"] = _notes[query]
+        yield row
 
 
-def _align(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]]) -> str:
     columns = []
     for title in dict.fromkeys(itertools.chain(*rows)):
-        texts = [str(row.get(title, "")) for row in rows]
-        cells = [title, *texts]
-        width = max(map(len, cells))
-        columns.append([f"{cell:{width}}" for cell in cells])
+        texts = [title, *(str(row.get(title, "")) for row in rows)]
+        width = max(map(len, texts))
+        columns.append([f"{text:{width}}" for text in texts])
     lines = map("  ".join, zip(*columns))
     return "\n".join(map(str.rstrip, lines))
 
 
 def _plot(values: dict[str, Any], path: str) -> None:
+    """Draw matrices, and of maps the first eight channels side by side."""
     from matplotlib.figure import Figure
 
-    drawn = [key for key in values if getattr(values[key], "ndim", 0) > 1]
-    size = 9, 1.3 * len(drawn)
-    figure = Figure(figsize=size, layout="constrained")
-    for place, key in enumerate(drawn, 1):
-        panel = figure.add_subplot(len(drawn), 1, place, title=key)
-        picture = _picture(values[key].float().cpu())
-        panel.imshow(picture.numpy(), aspect="auto")
+    figure = Figure((7, len(values)), layout="constrained")
+    panels = figure.subplots(len(values), squeeze=False)
+    for panel, key in zip(panels.flat, values):
+        maps = values[key][None].float().flatten(0, -3)
+        framed = nn.functional.pad(maps[:8], [0, 2], value=math.nan)
+        picture = torch.hstack([*framed])
+        panel.imshow(picture.tolist(), aspect="auto")
+        panel.set_title(key)
         panel.axis("off")
     figure.savefig(path)
-    print(f"featx: note: {path} shows {len(drawn)} of {len(values)} features: maps and matrices")
-
-
-def _picture(value: torch.Tensor) -> torch.Tensor:
-    """A matrix, or eight channels of maps side by side, of the first input."""
-    maps = value[None].flatten(0, -3)
-    framed = nn.functional.pad(maps[:8], (0, 1), value=math.nan)
-    return torch.hstack([*framed])
+    print(f"featx: note: {path} shows the features")
 
 
 if __name__ == "__main__":

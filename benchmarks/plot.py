@@ -83,7 +83,7 @@ def table(found: Dict[str, Any], only: Collection[str] = ()) -> str:
             chosen(rows, "test_create"),
         ),
         ("run ten whole models, small inputs", "the model itself", chosen(rows, "test_forward", **small)),
-        ("run six whole models, compiled", "the model itself, compiled", chosen(rows, "test_compiled", **small)),
+        ("run whole models, compiled", "the model itself, compiled", chosen(rows, "test_compiled", **small)),
         *((f"compute {row['task']}", by_hand, [row]) for row in chosen(rows, "test_features")),
         *((f"run a {row['task']}", by_hand, [row]) for row in chosen(rows, "test_training_step")),
         ("call `train()` and `eval()`", "the same calls on the model", chosen(rows, "test_mode_flips")),

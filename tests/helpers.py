@@ -21,6 +21,7 @@ from tests import featx
 
 ROOT = Path(__file__).parent.parent
 X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+INPUTS = (X, X - 0.5, 1 - 2 * X)
 
 parametrize = pytest.mark.parametrize
 zoo = pytest.mark.zoo
@@ -90,7 +91,7 @@ def eval_names(model: Any, *arguments: Any, **options: Any) -> list[str]:
 
 def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any, fx.GraphModule]:
     """The tracer of a model in its mode, as both public functions use it, and the whole graph as a module."""
-    tracer = featx.NodePathTracer(**options, **featx._tracer_arguments(None))
+    tracer = featx.NodePathTracer(**options, **featx._set_default_tracer_kwargs(None))
     tracer.proxy_buffer_attributes = buffers
     with featx._unchanged(model):
         return tracer, fx.GraphModule(model, tracer.trace(model))
@@ -100,7 +101,7 @@ def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any
 def both_traced(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
     with featx._unchanged(model) as restore:
-        yield featx._trace_both(restore, model, None, None, False, False)
+        yield featx._trace_both(model, restore, None, None, False, False)
 
 
 def given_names(calls: Iterable[tuple[str, str | None]], paths: Iterable[str] = ()) -> list[str]:
@@ -113,12 +114,8 @@ def without_number(name: str) -> str:
     return featx._split_number(name)[0]
 
 
-def select(names: list[str], queries: Iterable[str]) -> dict[str, int]:
-    return featx._select(names, queries)
-
-
-def prefixes(name: str) -> list[str]:
-    return list(featx._prefixes(name))
+def select(names: list[str]) -> dict[str, int]:
+    return featx._select(names)
 
 
 def effects(tracer: Any, node: fx.Node) -> Any:
@@ -126,30 +123,45 @@ def effects(tracer: Any, node: fx.Node) -> Any:
 
 
 def suggestions(names: list[str], query: str) -> list[str]:
-    return featx._suggestions(names, query)
+    return featx._suggestions(select(names), query)
 
 
-def operation(*inputs: int, **parts: Any) -> Any:
-    return featx._Operation(inputs, **parts)
+def operations(nodes: Iterable[dict[str, Any]]) -> list[Any]:
+    """Nodes of the vectors as featx has them; what they call state is fetched by a ``get_attr``."""
+    return [featx._Operation(**{**node, "kind": node["kind"].replace("state", "get_attr")}) for node in nodes]
 
 
-def staying(*arguments: Any) -> list[int]:
-    return featx._staying(*arguments)
+def by_end(reads: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """From pairs of a value's position and the one after which it is read: the first by the second."""
+    found = collections.defaultdict(list)
+    for at, after in reads:
+        found[after].append(at)
+    return found
 
 
-def overwritten(*arguments: Any) -> dict[tuple[int, int], int]:
-    return featx._overwritten(*arguments)
+def staying(operations: list[Any], reads: Iterable[tuple[int, int]]) -> list[int]:
+    stays, missed = featx._staying(operations, by_end(reads))
+    assert missed == [], "no operation of these was replaced"
+    return stays
+
+
+def overwritten(
+    operations: list[Any], stays: Iterable[int], reads: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], int]:
+    found, _ = featx._overwritten(operations, stays, by_end(reads))
+    return found
 
 
 def queries_by_mode(*arguments: Any) -> dict[str, dict[str, str]]:
     return featx._queries_by_mode(*arguments)
 
 
-def prune(tracer: Any, reads: list[tuple[int, int]]) -> None:
-    """Cut a graph to what is read: the nodes at positions, each as it is after another one; keys are numbers."""
+def prune(tracer: Any, reads: Iterable[tuple[int, int]]) -> None:
+    """Cut a graph to what is read; keys are numbers."""
     nodes = list(tracer.graph.nodes)
-    features = {str(number): featx._Feature(nodes[at], nodes[after]) for number, (at, after) in enumerate(reads)}
-    featx._prune(tracer, features, {key: key for key in features})
+    features = {str(number): featx._Feature(nodes[at], after) for number, (at, after) in enumerate(reads)}
+    plan = featx._make_plan(tracer, features)
+    featx._cut(tracer, features, dict(zip(features, features)), plan)
 
 
 # --- eager execution ---
@@ -164,7 +176,25 @@ def seeded(module: Callable[..., Any], x: Any) -> Any:
 def run(module: Callable[..., Any], x: torch.Tensor = X) -> Any:
     """The same without gradients, and with a copy of the input."""
     with torch.no_grad():
-        return seeded(module, x.clone())
+        return seeded(module, snapshot(x))
+
+
+def verdict(create: Callable[..., Any], model: nn.Module, query: str = "output", inputs: Any = INPUTS) -> str:
+    """What becomes of a model: whether values and state are those of eager execution, and whether a warning comes."""
+    eager = copy.deepcopy(model)
+    ours = copy.deepcopy(model)
+    with heard() as caught:
+        try:
+            cut = create(ours, [query])
+        except featx.UntraceableError:
+            return "refused"
+    said = [warning for warning in caught if warning.category is featx.FeatureWarning]
+    assert create not in (extract, exact) or set(cut.state_dict()) <= set(model.state_dict())
+    values = [run(cut, x)[query] for x in inputs]
+    expected = [run(eager, x) for x in inputs]
+    if same(values, expected) and same(ours.state_dict(), eager.state_dict()):
+        return "said idly" if said else "right"
+    return "said" if said else "wrong"
 
 
 @contextlib.contextmanager

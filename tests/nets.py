@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import textwrap
 from typing import Any, Callable, Iterable
 
 import pytest
@@ -31,6 +32,14 @@ def net(forward: Callable[..., Any], **members: Any) -> nn.Module:
 
 def linear() -> nn.Module:
     return nn.Linear(4, 4)
+
+
+def stated(body: str, **members: Any) -> Any:
+    """A net whose forward is a text, since a lambda holds no statements; ``h`` is what its ``fc`` returned."""
+    namespace: dict[str, Any] = {"torch": torch, "F": F}
+    exec("def forward(self, x):\n h = self.fc(x)\n" + textwrap.indent(body, " "), namespace)
+    own = {"fc": linear(), "scale": nn.Parameter(torch.ones(4)), "mean": torch.ones(4), "bank": torch.ones(4, 4)}
+    return net(namespace["forward"], **{**own, "steps": torch.tensor(1), **members})
 
 
 class Block(nn.Module):

@@ -28,6 +28,16 @@ def test_positions_are_torchvisions(name: str) -> None:
     assert positional[len(theirs) :] == (["concrete_args"] if later else [])
 
 
+def test_private_names_that_programs_import_give_the_same_defaults() -> None:
+    theirs = feature_extraction()
+    assert set(featx._get_leaf_modules_for_ops()) == set(theirs._get_leaf_modules_for_ops())
+    expected = theirs._set_default_tracer_kwargs(None)
+    arguments = featx._set_default_tracer_kwargs(None)
+    for name in ("autowrap_modules", "leaf_modules"):
+        assert len(arguments[name]) == len(expected[name]) > 1
+        assert set(arguments[name]) == set(expected[name])
+
+
 def test_the_signature_is_the_models() -> None:
     def forward(self: Any, x: torch.Tensor, *rest: Any, scale: float = 2.0, **options: Any) -> Any:
         return self.fc(x) * scale
@@ -85,9 +95,9 @@ def test_a_module_that_is_a_leaf_and_whose_parameter_is_used_elsewhere() -> None
 
 def test_members_that_hide_behind_attributes_of_a_graph_module() -> None:
     def forward(self: Any, x: Any) -> Any:
-        return self.graph(self.code(self.meta[0](self.train_graph(self.eval_graph(x)))))
+        return self.graph(self.code(self.meta[0](x)))
 
-    names = ["graph", "code", "train_graph", "eval_graph"]
+    names = ["graph", "code"]
     model = net(forward, meta=Sequential(linear()), **{name: linear() for name in names})
     extractor = extract(model, ["code", "output"])
     assert equal(extractor(X)["output"], model(X))

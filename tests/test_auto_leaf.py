@@ -143,3 +143,21 @@ def test_the_untraceable_of_the_zoo_lead_to_something_that_works(name: str) -> N
     for path in raised.value.traceable:
         child = model.get_submodule(path)
         assert extract(child, eval_names(child)[-1]).eval_graph.nodes
+
+
+class Remembering(nn.Module):
+    """What it has of a try before cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return torch.stack(self.seen).sum(0)
+
+
+def test_a_try_does_not_see_what_the_ones_before_left() -> None:
+    with pytest.warns(UserWarning, match=r"\[tests\.test_auto_leaf\.Branching\]"):
+        names = eval_names(Sequential(Remembering(), Branching()), auto_leaf=True)
+    assert names == ["input", "0.stack", "0.sum", "1"]

@@ -12,7 +12,19 @@ from torch import equal, nn
 from torch.nn import Sequential
 
 from tests import featx
-from tests.helpers import X, eval_names, extract, feature, in_both_modes, node_names, parametrize, untouched
+from tests.helpers import (
+    COPIES,
+    X,
+    eval_names,
+    extract,
+    feature,
+    heard,
+    in_both_modes,
+    node_names,
+    parametrize,
+    texts,
+    untouched,
+)
 from tests.nets import Block, Modes, linear, net
 from tests.versions import fails_before
 
@@ -66,8 +78,10 @@ def test_success(kind: str, mode: bool) -> None:
         model.train(mode)
     with untouched(model):
         node_names(model)
-    with untouched(model):
+    with untouched(model), heard() as caught:
         extractor = extract(model, "x")
+    found = ["assigns or writes into a buffer" in text for text in texts(caught)]
+    assert found == ([True] if kind == "careless" else [])
     extractor(X)
 
 
@@ -215,10 +229,6 @@ def test_containers_of_all_sorts() -> None:
     model.strange = Strange([1])
     model.cycle = []
     model.cycle.append(model.cycle)
-    deep = model.deep = []
-    for _ in range(3000):
-        deep.append([])
-        deep = deep[0]
     model.fc.register_buffer("sparse", torch.eye(3).to_sparse())
     node_names(model)
     assert model.counts == {"a": 1}
@@ -330,8 +340,9 @@ def test_opaque_calls_do_not_run_before_the_extractor_does(exact: bool, leaves: 
 
 
 def test_an_iterator_of_leaf_modules_serves_both_modes() -> None:
-    train, evaluation = node_names(Sequential(Block()), {"leaf_modules": iter([Block])})
-    assert train == evaluation == ["input", "0"]
+    for leaves in (iter([Block]), Block):  # one class will do, too
+        train, evaluation = node_names(Sequential(Block()), {"leaf_modules": leaves})
+        assert train == evaluation == ["input", "0"]
 
 
 def extracted(model: nn.Module) -> list[str]:
@@ -384,10 +395,12 @@ def test_constants_and_buffers() -> None:
     assert not hasattr(model, "_tensor_constant0")
     x = torch.rand(2)
     assert equal(extractor(x)["output"], model(x))
-    # As in the model, a buffer that is not persistent is in no state dict; the constants are, as torchvision's are.
-    assert "volatile" not in extractor.state_dict()
-    assert extractor.load_state_dict(model.state_dict(), strict=False).unexpected_keys == []
     assert {key for key, _ in extractor.named_buffers()} >= {"kept", "volatile", "plain"}
+    # What is no state of the model is none of the extractor: buffers that are not persistent, and constants.
+    extractor.load_state_dict(model.state_dict())
+    for made in [*(make(extractor) for make in COPIES.values()), extractor.double()]:
+        assert set(made.state_dict()) <= set(model.state_dict())
+        assert equal(made(x)["output"].to(x.dtype), model(x))
 
 
 def test_weights_are_shared_with_the_model() -> None:

@@ -30,6 +30,7 @@ from tests.helpers import (
     parametrize,
     run,
     same,
+    seeded,
 )
 from tests.nets import LIKE_CODE, Block, Modes, linear, net, with_member
 from tests.versions import needs, older
@@ -190,7 +191,8 @@ def test_targets_without_a_name_can_be_copied() -> None:
 def test_script_follows_the_mode() -> None:
     extractor = make()
     scripted = torch.jit.script(extractor)
-    check_flips(lambda: run(scripted), lambda: run(extractor), scripted, extractor)
+    # With gradients: without them the oldest torch draws other numbers in a script.
+    check_flips(lambda: seeded(scripted, X), lambda: seeded(extractor, X), scripted, extractor)
     buffer = io.BytesIO()
     torch.jit.save(scripted.eval(), buffer)
     buffer.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import operator
 import random
@@ -178,6 +179,32 @@ def test_a_buffer_that_is_written_and_read_again() -> None:
     x = torch.ones(3)
     assert extractor(x)["add_1"].tolist() == [4.0, 4.0, 4.0]
     assert extractor(x)["add_1"].tolist() == [7.0, 7.0, 7.0]
+
+
+@parametrize(
+    ("write", "options"),
+    [
+        (lambda total, x: total.add_(x), {}),
+        (lambda total, x: total.add_(x), {"exact": True}),
+        (lambda total, x: total.view(1, 4)[0].add_(x), {"exact": True}),
+    ],
+)
+def test_state_that_is_written_for_the_next_call(write: Any, options: dict[str, Any]) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        y = self.first(x) + self.total
+        write(self.total, x.sum(0))  # which nothing reads in this call
+        return self.second(y)
+
+    model = net(forward, first=linear(), second=linear(), total=torch.zeros(4))
+    reference = copy.deepcopy(model)
+    late = extract(model, "second", **options)
+    for _ in range(3):
+        assert equal(late(X)["second"], reference(X))
+        assert equal(model.total, reference.total)
+    assert model.total.max() > 0
+    before = model.total.clone()
+    extract(model, "first", **options)(X)
+    assert equal(model.total, before)
 
 
 def test_the_output_reads_its_values_when_all_is_done() -> None:

@@ -32,6 +32,7 @@ from tests.helpers import (
     node_names,
     parametrize,
     python,
+    recording,
     refused,
     returned,
     run,
@@ -46,7 +47,8 @@ from tests.helpers import (
 from tests.nets import Block, blocks, build_on_meta, linear, net
 from tests.versions import older
 
-KINDS = ["torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", "assigns a buffer"]
+ASSIGNED = "assigns or writes into a buffer"
+KINDS = ["torch.autocast", "grad mode", "buffers", "random numbers", "replaced on the instance", ASSIGNED]
 
 
 def said(model: nn.Module, *queries: Any, **options: Any) -> list[str]:
@@ -168,11 +170,12 @@ def plain(self: Any, x: Any) -> Any:
     return self.fc(x)
 
 
+ENABLING = torch.enable_grad()(plain)
 BLOCKS: dict[str, list[Callable[..., Any]]] = {
     "grad mode": [
         *(no_grad, no_grad_at_first, no_grad_around_a_function, set_false, set_false_and_true, inference),
         *(enable, set_true, enable_in_no_grad, no_grad_in_enable),
-        *(decorate(plain) for decorate in (torch.no_grad(), torch.enable_grad(), torch.inference_mode())),
+        *(torch.no_grad()(plain), ENABLING, torch.inference_mode()(plain)),
     ],
     "torch.autocast": [cast, not_cast, not_cast_in_cast, torch.autocast("cpu", dtype=torch.bfloat16)(plain)],
 }
@@ -204,8 +207,10 @@ def test_the_line(forward: Callable[..., Any]) -> None:
     model = around(forward)
     lines, first = inspect.getsourcelines(forward)
     for text in (*said(model), str(refused(model, "1"))):
-        ((number, line),) = re.findall(rf'File "{re.escape(__file__)}", line (\d+), in .*\n    (.*)', text)
-        assert line == lines[int(number) - first].strip()
+        found = re.findall(rf'File "{re.escape(__file__)}", line (\d+), in .*\n    (.*)', text)
+        assert len(found) == (forward is not ENABLING)  # which enters its block before its first line
+        for number, line in found:
+            assert line == lines[int(number) - first].strip()
 
 
 class Around(nn.Module):
@@ -270,15 +275,15 @@ def scale(self: Any, x: Any) -> Any:
 
 
 @parametrize("forward", [no_grad, enable, cast, not_cast, noise, scale])
-def test_only_what_depends_on_it_is_concerned(forward: Callable[..., Any]) -> None:
+def test_what_comes_before_is_not_concerned_and_what_comes_later_is(forward: Callable[..., Any]) -> None:
     def branches(self: Any, x: Any) -> Any:
         before = self.before(x)
         return self.losing(before), self.beside(before)
 
     model = net(branches, before=Block(), losing=around(forward), beside=Block())
-    for queries in ("output", ["beside", "losing"], "losing.1"):
+    for queries in ("output", ["beside", "losing"], "losing.1", "beside"):
         assert len(said(model, queries)) == 1
-    assert said(model, ["before", "beside", "losing.0"]) == []
+    assert said(model, ["before", "losing.0"]) == []
     assert len(said(model, None, ["before"], ["output"])) == 1
 
 
@@ -298,7 +303,8 @@ def test_a_number_concerns_all_that_comes_later() -> None:
         return beside, self.fc(x) * number
 
     model = net(forward, fc=linear(), scale=torch.rand(4))
-    assert kinds_of(said(model, "mul")) == ["buffers"]
+    for query in ("sigmoid", "mul"):
+        assert kinds_of(said(model, query)) == ["buffers"]
 
 
 NOTHING: dict[str, Callable[..., Any]] = {
@@ -310,6 +316,8 @@ NOTHING: dict[str, Callable[..., Any]] = {
     "integers": lambda self, x: x[:, self.index.view(-1).flip(0)],
     "a number": lambda self, x: x * torch.tensor(3).item() * int(self.index.sum()),
     "a buffer as it is": lambda self, x: x * self.scale,
+    "half of a buffer": lambda self, x: x[:, :2] * self.scale[:2],
+    "a view of a view": lambda self, x: x[:, :2] * self.scale.view(2, 2).t()[1],
     "what a buffer is like": lambda self, x: x.to(self.scale.dtype) * self.scale.shape[0],
     "a parameter": lambda self, x: x * self.weight.exp(),
 }
@@ -371,6 +379,17 @@ def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> N
     assert not equal(model(X), before)
 
 
+@parametrize("options", [{}, {"exact": True}])
+def test_views_of_buffers_follow_the_model(options: dict[str, Any]) -> None:
+    model = net(lambda self, x: x * self.scale.view(2, 2)[0].repeat_interleave(x.shape[1] // 2), scale=torch.rand(4))
+    extractor = extract(model, "output", **options)
+    before = model(X)
+    assert equal(extractor(X)["output"], before)
+    model.load_state_dict({"scale": model.scale + 0.5})
+    assert equal(extractor(X)["output"], model(X))
+    assert not equal(model(X), before)
+
+
 def test_buffers_are_nodes() -> None:
     model = around(scale)
     names = ["input", "0", "1._1_scale", "1.sqrt", "1.mul", "1.fc", "2"]  # as torch.fx calls parameters
@@ -406,9 +425,10 @@ def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
         return x * self.scale
 
     model = around(forward)
-    assert any("assigns a buffer" in message for message in said(model))
-    refused(model, "1", "assigns a buffer")
-    refused(model[1], "", "assigns a buffer")
+    for query in ("input", "output"):
+        assert ASSIGNED in kinds_of(said(model, query))
+    refused(model, "1", ASSIGNED)
+    refused(model[1], "", ASSIGNED)
     right = as_leaves(model)
     reference = copy.deepcopy(model)
     for _ in range(3):
@@ -483,17 +503,6 @@ def replaced(model: nn.Module) -> nn.Module:
     forward = model.forward
     model.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
     return model
-
-
-def test_a_replaced_forward_is_refused_said_or_in_a_sequential_right() -> None:
-    model = replaced(blocks())
-    for query in ("input", "0", "output"):
-        (message,) = said(model, query)
-        assert "replaced on the instance" in message
-        assert "Sequential(model)" in message
-    assert refused(model, "", r"nn\.Sequential\(model\)", auto_leaf=True).traceable == ["0", "1"]
-    for mended in (False, True):
-        assert equal(feature(Sequential(model), exact=mended), model(X))
 
 
 def test_a_replaced_forward_inside_is_traced() -> None:
@@ -664,11 +673,16 @@ def test_autocast_in_one_block_of_a_vit() -> None:
     x = torch.rand(2, 3, 32, 32)
     with ignored_warnings():
         names = eval_names(model, exact=True, auto_leaf=True)
-    expected = {query: values[0] for query, values in returned(model, x).items() if query in [*names, ""]}
+    with recording(model) as calls:  # with gradients: without them torch 1.13 fails in its fast way of attention
+        seeded(model, x)
+    first: dict[str, Any] = {}
+    for query, value in calls:
+        first.setdefault(query, value)
+    expected = {query: value for query, value in first.items() if query in [*names, ""]}
     assert path in expected
     assert path + ".mlp.0" not in expected
-    assert same(run(as_leaves(model, {query or "output": query for query in expected}), x), expected)
-    assert not same(run(extract_quietly(model, path), x)[path], expected[path])
+    assert same(seeded(as_leaves(model, {query or "output": query for query in expected}), x), expected)
+    assert not same(seeded(extract_quietly(model, path), x)[path], expected[path])
 
 
 # ----------------------------------------------------------------------------------------- the zoo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import os
 import shutil
 import sys
@@ -50,13 +51,17 @@ def test_the_file_works_alone(tmp_path: Path) -> None:
 
 @needs("sys.stdlib_module_names", python="3.10")
 def test_the_file_imports_the_standard_library_and_torch() -> None:
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / "featx.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(str(node.module).split(".")[0])
-    assert imported - set(sys.stdlib_module_names) == {"torch"}
+    source = (ROOT / "featx.py").read_text(encoding="utf-8")
+    command_line = source.splitlines().index("# ---- command line")
+    found = collections.defaultdict(set)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            inside = "the command line" if node.lineno > command_line else "another function"
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found[inside if node.col_offset else "the top"] |= {name.split(".")[0] for name in names}
+    for libraries in found.values():
+        libraries -= set(sys.stdlib_module_names)
+    assert found == {"the top": {"torch"}, "the command line": {"PIL", "matplotlib"}}
 
 
 def test_featx_does_not_import_torchvision() -> None:

@@ -65,7 +65,7 @@ def execute(program: Sequence[Mapping[str, Any]], arguments: Sequence[Any], fetc
             arguments.pop(0)
             if node["kind"] == "placeholder"
             else fetch(place)
-            if not taken
+            if node["kind"] == "state"
             else operation(place, node, taken)
         )
     return values
@@ -77,6 +77,8 @@ def operation(place: int, node: Mapping[str, Any], taken: Values) -> Any:
     writes = node["writes"]
     views = node["views"]
     number = float(place + 1)
+    if not taken:
+        raise NotImplementedError(f"no single operation of torch is like node {place}, which takes nothing")
     if node["kind"] == "assert":
         return torch._assert(taken[0], "all values are positive")
     first = taken[0]
@@ -92,7 +94,7 @@ def operation(place: int, node: Mapping[str, Any], taken: Values) -> Any:
 
 
 def program_model(program: Sequence[Mapping[str, Any]]) -> Tuple[nn.Module, List[torch.Tensor]]:
-    """A model whose graph is the program, with its arguments; a node without inputs fetches a parameter."""
+    """A model whose graph is the program, with its arguments; each state is a parameter."""
     count = sum(node["kind"] == "placeholder" for node in program)
     names = "".join(f", x{at}" for at in range(count))
 
@@ -108,16 +110,22 @@ def program_model(program: Sequence[Mapping[str, Any]]) -> Tuple[nn.Module, List
 
 
 def snapshots(program: Sequence[Mapping[str, Any]]) -> Dict[Tuple[int, int], torch.Tensor]:
-    """(position, after) -> the value of a node as it was after another, in eager execution."""
+    """(position, after) -> the value of a node as it was after another, in eager execution; of state also before it."""
     model, arguments = program_model(program)
     seen = {}
     for after in range(len(program)):
         fresh = {place: model.get_parameter(f"p{place}").clone() for place in fetched(program)}
         values = execute(program[: after + 1], [argument.clone() for argument in arguments], fresh.__getitem__)
-        seen.update({(place, after): value for place, value in enumerate(values) if value is not None})
+        seen.update({(place, after): value for place, value in {**fresh, **dict(enumerate(values))}.items()})
     return seen
 
 
 def fetched(program: Sequence[Mapping[str, Any]]) -> List[int]:
-    """The nodes that fetch a parameter."""
-    return [place for place, node in enumerate(program) if node["kind"] == "operation" and not node["inputs"]]
+    """The nodes that fetch a parameter of their own."""
+    found = []
+    for place, node in enumerate(program):
+        if node["kind"] == "state":
+            if node["views"]:
+                raise NotImplementedError(f"no single operation of torch fetches once more, as node {place} does")
+            found.append(place)
+    return found

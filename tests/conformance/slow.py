@@ -132,7 +132,7 @@ def matching_characters(a: str, b: str) -> int:
 class Node(NamedTuple):
     """A node of a program; others are given by their positions."""
 
-    kind: str  # "placeholder", "assert" or "operation"
+    kind: str  # "placeholder", "state", "assert" or "operation"
     inputs: Sequence[int]
     writes: Sequence[int]
     views: Sequence[int]
@@ -141,9 +141,11 @@ class Node(NamedTuple):
 Read = Tuple[int, int]  # a position, and the position after which its value is taken
 
 
-def memories(program: Sequence[Node]) -> List[FrozenSet[int]]:
-    """For each node those that may share memory with it: spread what is shared until nothing is new."""
-    sharing: List[Set[int]] = [{place, *node.views} for place, node in enumerate(program)]
+def memories(program: Sequence[Node], ran: Iterable[int]) -> List[FrozenSet[int]]:
+    """For each node those that may share memory with it when these ran: spread what is shared until nothing is new."""
+    sharing: List[Set[int]] = [{place} for place, _ in enumerate(program)]
+    for place in ran:
+        sharing[place].update(program[place].views)
     for _ in program:
         for place, group in enumerate(sharing):
             for other in list(group):
@@ -152,20 +154,19 @@ def memories(program: Sequence[Node]) -> List[FrozenSet[int]]:
     return [frozenset(group) for group in sharing]
 
 
-def staying(program: Sequence[Node], requested: Iterable[int], reads: Iterable[Read] = ()) -> List[int]:
-    """The nodes that must run: begin with what is asked for, add what is missing until nothing is."""
-    memory = memories(program)
-    reads = list(reads)
-    requested = list(requested)
-    cut = max([*requested, *(after for _, after in reads)], default=-1)
+def staying(program: Sequence[Node], reads: Sequence[Read]) -> List[int]:
+    """The nodes that must run: begin with what is read, add what is missing until nothing is."""
+    memory = memories(program, range(len(program)))
+    cut = max((after for _, after in reads), default=-1)
     here = {place for place, node in enumerate(program) if node.kind == "placeholder"}
     here |= {place for place, node in enumerate(program) if node.kind == "assert" and place <= cut}
-    here.update(requested, (place for place, _ in reads))
+    here.update(place for place, _ in reads)
 
     def is_needed(place: int) -> bool:
         written = frozenset().union(*(memory[taken] for taken in program[place].writes))
         return (
             any(place in program[user].inputs for user in here)
+            or any(program[taken].kind == "state" for taken in written)
             or any(taken in written for user in here if user > place for taken in program[user].inputs)
             or any(taken in written and after >= place for taken, after in reads)
         )
@@ -177,12 +178,11 @@ def staying(program: Sequence[Node], requested: Iterable[int], reads: Iterable[R
     return sorted(here)
 
 
-def overwritten(program: Sequence[Node], stays: Iterable[int], reads: Iterable[Read]) -> Dict[Read, int]:
+def overwritten(program: Sequence[Node], stays: Sequence[int], reads: Sequence[Read]) -> Dict[Read, int]:
     """The reads whose memory is written later, and the first that does: let all run, one after the other."""
-    memory = memories(program)
     found: Dict[Read, int] = {}
-    reads = list(reads)
     for place in sorted(stays):
+        memory = memories(program, [earlier for earlier in stays if earlier < place])
         for taken, after in reads:
             if place > after and any(written in memory[taken] for written in program[place].writes):
                 found.setdefault((taken, after), place)
