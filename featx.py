@@ -507,13 +507,13 @@ class NodePathTracer(LeafModuleAwareTracer):
         self._check_modes()  # before the scope changes: a block here is the caller's
         path = self.path_of_module(m)
         outer = self.current_module_qualname
-        buffers = {**m._buffers}
         self.current_module_qualname = path
         try:
             if self.is_leaf_module(m, path):
                 value = self.create_proxy("call_module", path, args, kwargs)
                 name = self.node_to_qualname[value.node]
             else:
+                buffers = {**m._buffers}
                 value = forward(*args, **kwargs)
                 name = self._namer.name(path) if self.exact else path
                 self._check_buffers(m, buffers)
