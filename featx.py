@@ -48,6 +48,7 @@ alone; its generated code looks modules up at ten times the cost, and takes thei
 from __future__ import annotations
 
 import argparse
+import builtins
 import collections
 import contextlib
 import copy
@@ -77,6 +78,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Sequence,
+    Tuple,
     Union,
 )
 
@@ -84,7 +86,13 @@ import torch
 from torch import fx, nn
 
 # Private to torch; tried on 1.13.1, 2.2.2, 2.5.1 and 2.14.1.
-from torch.fx._symbolic_trace import _assert_is_none, _create_wrapped_func, _Patcher
+from torch.fx._symbolic_trace import (
+    PH,
+    _assert_is_none,
+    _create_wrapped_func,
+    _find_proxy,
+    _Patcher,
+)
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import _get_qualified_name, map_aggregate, map_arg
 from torch.jit import is_scripting  # type: ignore[attr-defined]
@@ -107,6 +115,7 @@ __all__ = [
 ]
 
 ReturnNodes = Union[str, Mapping[str, str], Iterable[str]]
+Example = Union[Tuple[Any, ...], Mapping[str, Any]]
 
 
 # ---- errors
@@ -163,10 +172,18 @@ class UntraceableError(fx.proxy.TraceError):
         self.reason = reason
         self.traceable = list(traceable)
 
+    def __call__(self) -> None:
+        """Raise it: what a graph does whose mode could not be traced."""
+        raise self
+
+    __name__ = "untraceable"
+
     def __str__(self) -> str:
         name = _class_path(self.module_type)
         where = f"{name} at {self.path!r}" if self.path else f"the model's own forward ({name})"
         lines = [f"torch.fx cannot trace {where}: {self.reason}", "What helps:"]
+        if _ASKED in self.reason:
+            lines.append("- example_inputs=(x,) answers it as for these inputs")
         if self.path:
             lines.append(
                 f"- leaf_modules=[{name}], in tracer_kwargs, makes each {name} one operation"
@@ -210,6 +227,7 @@ def get_graph_node_names(
     *,
     exact: bool = False,
     auto_leaf: bool = False,
+    example_inputs: Example | None = None,
 ) -> NodeNames:
     """List the names of a model's nodes, in execution order, in train mode and in eval mode.
 
@@ -225,20 +243,27 @@ def get_graph_node_names(
             assigns buffers or takes tensors of an earlier call; hooks of the model itself.
         auto_leaf: where the forward of a submodule is not traceable, make its class a leaf and try
             again; a warning lists the classes.
+        example_inputs: for models that ask about their inputs, what they are called with: a tuple
+            of positional arguments, or a mapping argument -> value. These become the arguments,
+            all others have their defaults. What is asked (``if x.ndim == 3``) is answered as for
+            the example, and an assert sees to it that other inputs would be answered so too.
 
     Returns:
         A named tuple ``(train, eval)`` of two lists of strings.
 
     Raises:
-        UntraceableError: torch.fx cannot trace the model.
-        ValueError: ``concrete_args`` has an argument that ``forward`` lacks.
-        TypeError: an argument is something else than it should be.
+        UntraceableError: torch.fx cannot trace the model in the mode that it is in. Where only the
+            other mode fails, a warning says so, and its names are ``[]``.
+        ValueError: ``concrete_args`` has an argument that ``forward`` lacks, or is given beside
+            ``example_inputs``.
+        TypeError: an argument is something else than it should be, or the example does not fit.
 
     >>> get_graph_node_names(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())).train
     ['input', '0', '1']
     """
     with _unchanged(model) as restore:
-        tracers = _trace_both(model, restore, tracer_kwargs, concrete_args, exact, auto_leaf)
+        arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
+        tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
     return NodeNames(tracers["train"].names, tracers["eval"].names)
@@ -255,6 +280,7 @@ def create_feature_extractor(
     *,
     exact: bool = False,
     auto_leaf: bool = False,
+    example_inputs: Example | None = None,
 ) -> DualGraphModule:
     """Cut from a model a module that returns intermediate values and runs only what they need.
 
@@ -272,15 +298,16 @@ def create_feature_extractor(
         return_nodes: the queries for both modes: a mapping query -> key, any iterable of queries,
             which are their own keys, or one query.
         train_return_nodes, eval_return_nodes: in place of ``return_nodes``, queries for each mode.
-        tracer_kwargs, suppress_diff_warning, concrete_args, auto_leaf: as in
+        tracer_kwargs, suppress_diff_warning, concrete_args, auto_leaf, example_inputs: as in
             :func:`get_graph_node_names`.
         exact: a query that is the path of a module gives what its first call returned, in its own
             structure; ``path_1`` is the second call. What may be overwritten later is cloned
             before.
 
     Returns:
-        A module with the model's signature that returns a dict key -> value in execution order. It
-        starts in the model's mode and follows ``train()`` and ``eval()``.
+        A module that returns a dict key -> value in execution order. Its arguments are the model's
+        or those of the example. It starts in the model's mode and follows ``train()`` and
+        ``eval()``; in a mode that cannot be traced it raises the UntraceableError.
 
     Raises:
         NodeNameError: a query matches no node.
@@ -298,7 +325,8 @@ def create_feature_extractor(
     keys = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model) as restore:
         # 2. Trace in both modes, and find the value of each query.
-        tracers = _trace_both(model, restore, tracer_kwargs, concrete_args, exact, auto_leaf)
+        arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
+        tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
         features = {mode: _find_features(tracers, mode, keys[mode]) for mode in tracers}
         # 3. Plan what stays, find what is to be said, and cut each graph down.
         plans = {mode: _make_plan(tracers[mode], features[mode]) for mode in tracers}
@@ -352,24 +380,57 @@ class LeafModuleAwareTracer(fx.Tracer):
 
 
 class _Recording:
-    """Lets a stand-in record what torch.fx loses: operators in place, and assigned items."""
+    """Lets a stand-in record what torch.fx loses: operators in place, and assigned items.
+
+    With an example it has a value, and what Python asks about that is answered by it.
+    """
 
     tracer: Any
+    _value: Any
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, fx.Proxy):  # of x[i] += y the operator needs no memory of its own
             self.tracer.replaced.discard(value.node)
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __getattr__(self, name: str) -> Any:
+        if self.tracer.example is not None:
+            if name.startswith("__"):  # protocols of others, such as numpy's
+                raise AttributeError(name)
+            if self.tracer.evaluate("call_function", getattr, (self, name), {}) is None:
+                return None
+        return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.tracer.answer(self, len)  # type: ignore[no-any-return]
+
+    def __int__(self) -> int:
+        return int(self.tracer.answer(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.answer(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.answer(self))
+
+    def __contains__(self, item: Any) -> bool:
+        found = self.tracer.create_proxy("call_function", operator.contains, (self, item), {})
+        return bool(found)
+
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __hash__(self) -> int:
+        if self.tracer.example is not None:  # it would stay in caches of the model
+            raise TypeError(f"{self!r} cannot be looked up, since it has no hash")
+        return object.__hash__(self)
+
 
 class _Proxy(_Recording, fx.Proxy):
     """The stand-in for the value of a node."""
 
-    def __getattr__(self, name: str) -> fx.proxy.Attribute:
-        return _Attribute(self, name)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("node", "tracer"):
+        if name in ("node", "tracer", "_value"):
             object.__setattr__(self, name, value)
         else:
             self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
@@ -377,6 +438,21 @@ class _Proxy(_Recording, fx.Proxy):
 
 class _Attribute(_Recording, fx.proxy.Attribute):
     """The stand-in for an attribute, such as ``x.T``; it may be called as a method."""
+
+    root: Any
+
+    @property
+    def _value(self) -> Any:
+        return self.tracer.evaluate("call_function", getattr, (self.root, self.attr), {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr not in _READING or not self.tracer.stands_for(self.root, Mapping):
+            return super().__call__(*args, **kwargs)
+        items = {key: self.root[key] for key in self.tracer.keys(self.root)}
+        return getattr(items, self.attr)(*args, **kwargs)
+
+
+_READING = ("get", "items", "keys", "values")  # a mapping
 
 
 def _in_place_operator(name: str) -> Callable[[Any, Any], Any]:
@@ -399,6 +475,283 @@ for _operator in _OPERATORS:
     setattr(_Recording, f"__i{_operator}__", _in_place_operator(_operator))
 
 
+# ---- answers from an example
+
+
+class _AnsweringTracer(LeafModuleAwareTracer):
+    """A tracer that answers from an example what a forward asks about its inputs.
+
+    Beside each node its value for the example is computed. It lives on the stand-in: what the
+    forward lets go is let go. Where other inputs could be answered otherwise, the graph gets a
+    guard, an assert that they are answered so too.
+
+    Args:
+        exact: without an example, arguments whose default is None, a bool or a str have it.
+        example_inputs: a tuple of positional arguments, or a mapping argument -> value.
+        args, kwargs: as for :class:`LeafModuleAwareTracer`.
+    """
+
+    _thread: int | None = None  # the one that traces
+
+    def __init__(
+        self, *args: Any, exact: bool = False, example_inputs: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.exact = exact
+        self.example = _as_call(example_inputs)
+        self.given: dict[str, Any] = {}  # argument -> what the example gives
+        # By id the tensors into which the forward may write, with what they were.
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Node -> a text that only equal numbers share; "" for what is the same for all inputs.
+        self._formulas: dict[fx.Node, str] = {}
+        self._guards: set[tuple[str, str]] = set()
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """Make the placeholders, with an example for what it gives; see ``torch.fx.Tracer``."""
+        if self.example is None and not self.exact:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        signature = inspect.signature(root_fn)
+        if self.example is None:
+            bound = _bind_defaults(signature, self.root, concrete_args or {})
+        else:
+            args, kwargs = self.example
+            bound = signature.bind(self.root, *args, **kwargs)
+        for name, value in [*bound.arguments.items()][1:]:
+            parameter = signature.parameters[name]
+            given: Any
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given = {key: self._argument(parameter, key, value[key]) for key in value}
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                places = range(len(value))
+                given = [self._argument(parameter, f"{name}_{at}", value[at]) for at in places]
+            else:
+                given = self._argument(parameter, name, value)
+            bound.arguments[name] = given
+        return lambda: root_fn(*bound.args, **bound.kwargs), []
+
+    def _argument(self, parameter: inspect.Parameter, name: str, value: Any) -> Any:
+        """Make a placeholder; gives what the forward gets for it: a stand-in or a constant."""
+        self.given[name] = value
+        is_constant = type(value) in _DECIDING if self.example else value is not PH
+        default: tuple[Any, ...] = ()
+        if self.example is None and parameter.default is not parameter.empty:
+            default = (value if is_constant else parameter.default,)
+        kind = parameter.annotation
+        if kind is parameter.empty or name != parameter.name:
+            kind = None
+        stand_in = self.create_proxy("placeholder", name, default, {}, type_expr=kind)
+        if not is_constant:
+            return stand_in
+        if type(value) in _CONSTANTS:
+            text = f"the argument {name!r} was {value!r} while tracing"
+            self.create_proxy("call_function", torch._assert, (stand_in == value, text), {})
+        return value
+
+    def evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """What a node gives for the example, without gradients, as if nothing were traced."""
+        thread, self._thread = self._thread, None  # so that torch.fx's patches step aside
+        try:
+            with torch.no_grad():
+                if kind == "placeholder":
+                    return _clone_nested(self.given[target])
+                if kind == "get_attr":
+                    return operator.attrgetter(target)(self.root)
+                self.keep(*args[:1])
+                args, kwargs = tree_map(_example_of, (args, kwargs))
+                if kind == "call_module":
+                    return self.root.get_submodule(target)(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs)
+        finally:
+            self._thread = thread
+
+    def keep(self, *tensors: Any) -> None:
+        """Note what tensors are, which no stand-ins are, before something is written into them."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in self._kept:
+                self._kept[id(tensor)] = tensor, tensor.detach().clone()
+
+    def put_back(self) -> None:
+        """Undo what was written into tensors that are no stand-ins."""
+        for tensor, before in self._kept.values():
+            tensor.data.copy_(before)
+
+    def note_value(self, proxy: Any, value: Any) -> None:
+        """Put the value of a new node on its stand-in."""
+        proxy._value = value
+        node = proxy.node
+        self._formulas[node] = self._formula(node, isinstance(value, torch.Tensor))
+
+    def _formula(self, node: fx.Node, is_tensor: bool) -> str:
+        if node.op == "get_attr":
+            return ""
+        if is_tensor or node.op in ("placeholder", "call_module"):
+            return node.name
+        taken = node.all_input_nodes
+        if not any(self._formulas.get(argument) for argument in taken):
+            is_of_state = any(argument.op == "get_attr" for argument in taken)
+            return node.name if is_of_state and node.target not in _METADATA else ""
+        arguments = map_arg(
+            (node.args, node.kwargs), lambda node: self._formulas.get(node, node.name)
+        )
+        return f"{node.target}{arguments}"
+
+    def answer(self, stand_in: Any, function: Any = None) -> Any:
+        """The value of a stand-in, or of a function of it, as a plain number, list or text."""
+        self._check_asked()
+        if function is not None:
+            stand_in = self.create_proxy("call_function", function, (stand_in,), {})
+        value = stand_in._value
+        if isinstance(value, torch.Tensor):
+            value = self.evaluate("call_method", "item", (stand_in,), {})
+        if self._is_open(stand_in, value):
+            self._guard(stand_in == value, value)
+        return value
+
+    def to_bool(self, obj: Any) -> bool:
+        """The truth of a stand-in."""
+        self._check_asked()
+        value: bool = self.evaluate("call_function", bool, (obj,), {})
+        if self._is_open(obj, value):
+            if not value:
+                obj = self.create_proxy("call_function", operator.not_, (obj,), {})
+            self._guard(obj, value)
+        return value
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """The items of a stand-in, each a stand-in."""
+        self._check_asked()
+        if self.stands_for(obj, Mapping):
+            return iter(self.keys(obj))
+        if not hasattr(obj._value, "__getitem__"):  # a set, or a generator
+            obj = self.create_proxy("call_function", list, (obj,), {})
+        return iter([obj[position] for position in range(len(obj))])
+
+    def keys(self, obj: Any) -> Any:
+        """The keys of a stand-in for a mapping."""
+        return self.answer(obj, list) if self.example else super().keys(obj)
+
+    def stands_for(self, obj: Any, kind: type) -> bool:
+        """Whether the example's value is of a kind."""
+        return self.example is not None and isinstance(obj._value, kind)
+
+    def _is_other_thread(self) -> bool:
+        """Whether torch.fx's patches of nn.Module met a thread that does not trace."""
+        return self._thread != threading.get_ident()
+
+    def _check_asked(self) -> None:
+        if self.example is None:
+            raise fx.proxy.TraceError(_ASKED)
+
+    def _is_open(self, stand_in: Any, answer: Any) -> bool:
+        """Whether other inputs could be answered otherwise, and no guard sees to that yet."""
+        node = stand_in.node
+        formula = self._formulas[node]
+        if isinstance(stand_in._value, torch.Tensor):
+            formula = node.name  # the numbers in parameters and buffers change
+        guard = formula, repr(answer)
+        if not formula or guard in self._guards:
+            return False
+        self._guards.add(guard)
+        return True
+
+    def _guard(self, condition: Any, answer: Any) -> None:
+        path, line, _, text = _model_line(_frames_inside())
+        file = pathlib.Path(path).name
+        said = f"forward went one way because ({text}) was {answer!r} ({file}, line {line})"
+        self.create_proxy("call_function", torch._assert, (condition, said), {})
+
+    def patch_questions(self, patcher: _Patcher) -> None:
+        """Let Python's and torch's functions answer for stand-ins while the forward runs."""
+        is_instance, is_callable, is_tensor = isinstance, callable, torch.is_tensor
+
+        def known(item: Any) -> Any:
+            if not is_instance(item, _Recording) or self._is_other_thread():
+                return item
+            if type(item) is _Proxy and item.node.op == "placeholder":
+                bool(self.create_proxy("call_function", is_tensor, (item,), {}))
+            return item._value
+
+        def answer_isinstance(item: Any, kinds: Any) -> bool:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller != __name__ and caller.split(".")[0] not in ("torch", "inspect"):
+                item = known(item)
+            return is_instance(item, kinds)
+
+        def answer_callable(item: Any) -> bool:
+            return is_callable(known(item))
+
+        def answer_is_tensor(item: Any) -> bool:
+            return is_tensor(known(item))
+
+        patcher.patch(vars(builtins), "isinstance", answer_isinstance)
+        patcher.patch(vars(builtins), "callable", answer_callable)
+        patcher.patch(vars(torch), "is_tensor", answer_is_tensor)
+        for name in _FACTORIES:
+            patcher.patch(vars(torch), name, self._recorded(getattr(torch, name)))
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a function one that is recorded where a stand-in is among its arguments."""
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if _find_proxy(args, kwargs) is None:
+                return function(*args, **kwargs)
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return recorded
+
+
+# Arguments of these kinds decide which way a forward goes: while tracing they are constants.
+_DECIDING = (type(None), bool, str)
+# For C takes no stand-ins: these are recorded as calls where one is among their arguments.
+_FACTORIES = (
+    "arange as_tensor empty eye finfo full iinfo is_autocast_enabled linspace ones rand randn"
+    " tensor zeros"
+).split()
+_METADATA = (getattr, len, "dim", "numel", "size")  # what asks for no number in a tensor
+_ASKED = "its control flow depends on its inputs"
+
+
+def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """An example as positional and keyword arguments."""
+    if example is None:
+        return None
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple):
+        return example, {}
+    kind = type(example).__name__
+    raise TypeError(f"example_inputs takes a tuple such as (x,), or a mapping, not a {kind}")
+
+
+def _bind_defaults(
+    signature: inspect.Signature, root: nn.Module, concrete_args: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """What a forward gets without an example; ``fx.PH`` stands for an argument that stays one."""
+    bound = signature.bind_partial(root)
+    for name, parameter in [*signature.parameters.items()][1:]:
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            is_deciding = type(parameter.default) in _DECIDING
+            value = parameter.default if is_deciding else PH
+            bound.arguments[name] = concrete_args.get(name, value)
+    return bound
+
+
+def _example_of(item: Any) -> Any:
+    """The value of a stand-in; anything else as it is."""
+    if isinstance(item, _Recording):
+        return item._value
+    if isinstance(item, slice):
+        return slice(*map(_example_of, (item.start, item.stop, item.step)))
+    return item
+
+
+# ---- what tracing names and notes
+
+
 class _Feature(NamedTuple):
     """What can be asked for: a value, and the position in the graph after which it is read."""
 
@@ -406,11 +759,12 @@ class _Feature(NamedTuple):
     after: int
 
 
-class NodePathTracer(LeafModuleAwareTracer):
+class NodePathTracer(_AnsweringTracer):
     """A tracer that names each node after the place in the model where it was recorded.
 
     Args:
         exact: name by rule 5 as well: the path of a module means that module.
+        example_inputs: what answers where the forward asks about its inputs.
         args, kwargs: as for :class:`LeafModuleAwareTracer`.
 
     Attributes:
@@ -418,6 +772,9 @@ class NodePathTracer(LeafModuleAwareTracer):
             graph's output have no name.
         current_module_qualname: the scope, the path of the module whose forward is running.
         exact: as given.
+        example: the example, as positional and keyword arguments.
+        given: the arguments that the example gives, by name.
+        error: why the mode could not be traced.
         training: whether the model was in train mode.
         returned: what modules returned, if a graph can hold it. The first call of a module is
             under its path; with exact=True the second is under the name ``path_1``.
@@ -436,11 +793,11 @@ class NodePathTracer(LeafModuleAwareTracer):
     ['input', '0', '1']
     """
 
-    def __init__(self, *args: Any, exact: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.node_to_qualname: dict[fx.Node, str] = {}
         self.current_module_qualname = ""
-        self.exact = exact
+        self.error: UntraceableError | None = None
         self.training = True
         self.returned: dict[str, _Feature] = {}
         self.losses: dict[str, tuple[int, str]] = {}
@@ -448,7 +805,7 @@ class NodePathTracer(LeafModuleAwareTracer):
         self.auto_leaves: dict[type[nn.Module], str] = {}
         self._namer = _Namer()
         self._autowrapped = kwargs.get("autowrap_functions", ())
-        self.proxy_buffer_attributes = exact or self.proxy_buffer_attributes
+        self.proxy_buffer_attributes = self.exact or self.proxy_buffer_attributes
 
     @property
     def names(self) -> list[str]:
@@ -481,7 +838,10 @@ class NodePathTracer(LeafModuleAwareTracer):
         self.taken: dict[int, torch.Tensor] = {}
         if self.exact:
             self._namer = _Namer(self.paths)
-        with _Watch(self), _Patcher() as patcher:
+        if self.example:
+            self.keep(*self.root.buffers())
+        with contextlib.ExitStack() as undo, _Watch(self), _Patcher() as patcher:
+            undo.callback(self.put_back)
             # Where gradients are enabled already, enabling them again changes no mode.
             for block in (torch.enable_grad, torch.set_grad_enabled):
                 patcher.patch_method(block, "__enter__", self._losing(block.__enter__))
@@ -489,9 +849,14 @@ class NodePathTracer(LeafModuleAwareTracer):
             for function in self._autowrapped:
                 namespace = getattr(function, "__globals__", {})
                 patcher.patch(namespace, function.__name__, _create_wrapped_func(function))
+            if self.example:
+                self.patch_questions(patcher)
             buffers = {**self.root._buffers}
             graph = super().trace(root, concrete_args)
             self._check_buffers(self.root, buffers)
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.args == (None,) and not node.users:
+                self.lose(_UNASKED.format(node.target), 0)
         hooks = {**self.root._forward_hooks, **self.root._forward_pre_hooks}
         is_called_so = type(self.root).__call__ is nn.Module.__call__
         if hooks or "forward" in vars(self.root) or not is_called_so:
@@ -505,13 +870,16 @@ class NodePathTracer(LeafModuleAwareTracer):
         if self._is_other_thread():
             return forward(*args, **kwargs)
         self._check_modes()  # before the scope changes: a block here is the caller's
-        path = self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:  # a module that is not part of the model is traced through
+            return forward(*args, **kwargs)
         outer = self.current_module_qualname
         self.current_module_qualname = path
         try:
             if self.is_leaf_module(m, path):
                 value = self.create_proxy("call_module", path, args, kwargs)
-                name = self.node_to_qualname[value.node]
+                name = next(reversed(self.node_to_qualname.values()))
             else:
                 buffers = {**m._buffers}
                 value = forward(*args, **kwargs)
@@ -543,20 +911,29 @@ class NodePathTracer(LeafModuleAwareTracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_proxy(self, *args: Any, proxy_factory_fn: Any = None, **kwargs: Any) -> fx.Proxy:
-        """Record an operation, and name its node."""
+    def create_proxy(self, *args: Any, proxy_factory_fn: Any = None, **kwargs: Any) -> Any:
+        """Record an operation, and name its node.
+
+        Gives the stand-in for its value, or None where the example's value is None.
+        """
         self._check_modes()
+        kind, target, values, *_ = args
+        if kind == "placeholder" and any(isinstance(item, torch.Tensor) for item in values):
+            raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
+        value = self.evaluate(*args[:4]) if self.example else NotImplemented
         proxy = super().create_proxy(*args, **kwargs)
         node = proxy.node
-        for tensor in args[2][:1]:  # the operation's first argument
+        if self.example:
+            self.note_value(proxy, value)
+        for tensor in values[:1]:  # the operation's first argument
             if isinstance(tensor, torch.Tensor) and _is_in_place(node):
                 self._note_written(node, tensor)
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
         self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
-        return proxy
+        return None if value is None and node.op != "placeholder" else proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The stand-in for a node's value."""
@@ -599,14 +976,10 @@ class NodePathTracer(LeafModuleAwareTracer):
             return
         path = self.current_module_qualname
         where = f"the forward of the module {path!r}" if path else "the model's own forward"
-        code = NodePathTracer.trace.__code__  # what called it is no line of the model's
-        inside = itertools.takewhile(
-            lambda at: at[0].f_code is not code, traceback.walk_stack(None)
-        )
         remedy = "exact=True, with auto_leaf=True, is right or raises an error"
         if position is None:
             position = len(self.graph.nodes)
-        self.losses[kind] = position, f"{where} {kind}; {remedy}{_source_line(inside)}"
+        self.losses[kind] = position, f"{where} {kind}; {remedy}{_source_line(_frames_inside())}"
 
     def _check_modes(self) -> None:
         autocast, grad = _current_modes()
@@ -634,10 +1007,6 @@ class NodePathTracer(LeafModuleAwareTracer):
 
         return losing
 
-    def _is_other_thread(self) -> bool:
-        """Whether torch.fx's patches of nn.Module met a thread that does not trace."""
-        return self._thread != threading.get_ident()
-
 
 _CONSTANTS = frozenset([bool, float, int, str, type(None)])
 _NUMBERS = {"float": float, "int": int, "bool": bool}  # what TorchScript needs to know
@@ -652,6 +1021,10 @@ _BUFFERS = (
 )
 _ASSIGNED = "assigns or writes into a buffer, a view or a constant, which tracing leaves out"
 _EARLIER = "takes a tensor of an earlier call, which tracing makes a constant"
+_UNASKED = (
+    "does not use its argument {0!r}, or has asked whether it is None, which is never so while"
+    " tracing: concrete_args={{{0!r}: None}} or example_inputs says what it is"
+)
 _RANDOM = "draws random numbers, which tracing makes the same at each call"
 _NOT_IN_PLACE = "works in place, of which tracing makes a new value, and its memory is read later"
 _AROUND = (
@@ -673,6 +1046,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
+        if self.tracer._is_other_thread():
+            return value
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.lose(_RANDOM)
         tracer = self.tracer
@@ -705,44 +1080,69 @@ def _current_modes() -> tuple[int, bool]:
     return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
 
 
+def _tracer_arguments(given: Any, exact: bool, example_inputs: Any) -> dict[str, Any]:
+    """The arguments of a tracer; what ``tracer_kwargs`` has of these goes before."""
+    own = {"exact": exact, "example_inputs": example_inputs}
+    return {**own, **_set_default_tracer_kwargs(given)}
+
+
 def _trace_both(
     model: nn.Module,
     restore: Callable[..., None],
-    tracer_kwargs: Any,
+    arguments: dict[str, Any],
     concrete_args: Any,
-    exact: bool,
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
-    """Trace in both modes.
+    """Trace in both modes; the model's own has to be traceable.
 
     Tensors and modules that a forward makes stay on the model until all is done, for the graphs.
     """
-    arguments = {"exact": exact, **_set_default_tracer_kwargs(tracer_kwargs)}
-    known = inspect.signature(model.forward).parameters
-    unknown = {**(concrete_args or {})}.keys() - known
-    if unknown:
-        raise ValueError(f"concrete_args has {unknown}; the arguments of forward are {[*known]}")
+    _check_arguments(model, concrete_args, arguments["example_inputs"])
+    own, other = ("train", "eval") if model.training else ("eval", "train")
     leaves: dict[type[nn.Module], str] = {}
-    while True:
+    tracers: dict[str, NodePathTracer] = {}
+    while len(tracers) < 2:
+        mode = other if tracers else own
         try:
-            tracers = {}
-            for mode in ("train", "eval"):
-                tracers[mode] = _trace(model, mode, arguments, concrete_args)
-                restore(keep=(torch.Tensor, nn.Module))
-            break
+            tracers[mode] = _trace(model, mode, arguments, concrete_args)
+            restore(keep=(torch.Tensor, nn.Module))
         except UntraceableError as error:
-            if not auto_leaf or not error.path or error.module_type in leaves:
+            restore(keep=(torch.Tensor, nn.Module))
+            if auto_leaf and error.path and error.module_type not in leaves:
+                tracers.clear()
+                leaves[error.module_type] = error.reason
+                arguments["leaf_modules"] += (error.module_type,)
+            elif mode == own:
                 raise
-            restore()
-            leaves[error.module_type] = error.reason
-            arguments["leaf_modules"] += (error.module_type,)
+            else:
+                tracers[mode] = _refusing(error, tracers[own])
     if leaves:
         listed = ", ".join(map(_class_path, leaves))
         kwargs = f"tracer_kwargs={{'leaf_modules': [{listed}]}}"
         _warn(f"what torch.fx cannot trace became leaves: {kwargs} does the same.")
-    for tracer in tracers.values():
+    for mode, tracer in tracers.items():
         tracer.auto_leaves = leaves
-    return tracers
+        if tracer.error:
+            _warn(f"in {mode} mode an extractor will raise an error: {tracer.error}")
+    return {mode: tracers[mode] for mode in ("train", "eval")}
+
+
+def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) -> None:
+    signature = inspect.signature(model.forward)
+    known = [*signature.parameters]
+    unknown = {**(concrete_args or {})}.keys() - known
+    if unknown:
+        raise ValueError(f"concrete_args has {unknown}; the arguments of forward are {known}")
+    example = _as_call(example_inputs)
+    if example is None:
+        return
+    if concrete_args:
+        raise ValueError("example_inputs says what concrete_args would: pass one of them")
+    args, kwargs = example
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"example_inputs does not fit forward{signature}: {error}") from None
 
 
 def _trace(
@@ -752,11 +1152,46 @@ def _trace(
     try:
         if model.training != (mode == "train"):  # what is frozen in the model's mode stays frozen
             getattr(model, mode)()
-        with torch.enable_grad():
+        with torch.enable_grad(), _same_random_numbers():
             tracer.trace(model, concrete_args)
+        if tracer.example:
+            _check_example(model, tracer)
         return tracer
     except Exception as error:
         raise _untraceable(model, error, arguments) from error
+
+
+def _check_example(model: nn.Module, tracer: NodePathTracer) -> None:
+    """See that the graph gives for the example what the model gives, bit for bit."""
+    traced = DualGraphModule(model, tracer.graph, tracer.graph)
+    values = []
+    for run, arguments in ((model, tracer.example), (traced, ((), tracer.given))):
+        args, kwargs = _clone_nested(arguments)
+        with _unchanged(model), torch.no_grad():
+            values.append(run(*args, **kwargs))
+            tracer.put_back()
+    (expected, structure), (found, found_structure) = map(tree_flatten, values)
+    try:
+        assert structure == found_structure, f"{found_structure} in place of {structure}"
+        for value, own in zip(found, expected):
+            if isinstance(own, torch.Tensor):
+                torch.testing.assert_close(value, own, rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        text = f"for the example its graph gives something else than the model: {error}"
+        raise fx.proxy.TraceError(text) from error
+
+
+def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
+    """In place of the tracer of a mode that cannot be traced: its graph raises the error."""
+    tracer = NodePathTracer(exact=True)
+    tracer.error = error
+    tracer.root = traced.root
+    tracer.graph = fx.Graph()
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            tracer.graph.node_copy(node)
+    tracer.graph.output(tracer.graph.call_function(error))
+    return tracer
 
 
 def _untraceable(model: nn.Module, error: Exception, arguments: dict[str, Any]) -> UntraceableError:
@@ -808,15 +1243,27 @@ def _get_leaf_modules_for_ops() -> list[type[nn.Module]]:
     return [cls for cls in classes if issubclass(cls, nn.Module)]
 
 
-def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
-    """Where in the model's source something is: the first line outside torch and this file."""
+def _frames_inside() -> Iterator[tuple[Any, int]]:
+    """The frames of a forward that is traced, innermost first."""
+    code = NodePathTracer.trace.__code__  # what called it is no line of the model's
+    frames = traceback.walk_stack(sys._getframe(1))
+    return itertools.takewhile(lambda at: at[0].f_code is not code, frames)
+
+
+def _model_line(frames: Iterable[tuple[Any, int]]) -> tuple[str, int, str, str]:
+    """The first line outside of torch and this file: its file, number, function and text."""
     for frame, line in frames:
         module = frame.f_globals.get("__name__", "")
         if module != __name__ and not module.startswith("torch."):
             path = frame.f_code.co_filename
-            text = linecache.getline(path, line).strip()
-            return f'\n  File "{path}", line {line}, in {frame.f_code.co_name}\n    {text}'
-    return ""
+            return path, line, frame.f_code.co_name, linecache.getline(path, line).strip()
+    return "", 0, "", ""
+
+
+def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
+    """Where in the model's source something is."""
+    path, line, function, text = _model_line(frames)
+    return f'\n  File "{path}", line {line}, in {function}\n    {text}' if path else ""
 
 
 # ---- names
@@ -927,7 +1374,7 @@ def _find_features(
     for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
         if query in answers:
             features[query] = answers[query]
-        elif query == "output":
+        elif query == "output" or tracer.error:
             *_, output = tracer.graph.nodes
             features[query] = _Feature(output.args[0], tracer.places[output])
         else:
@@ -1422,7 +1869,7 @@ def _run_alike(tracers: dict[str, NodePathTracer]) -> bool:
 def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
     """Warn if the two modes have different names, and say which."""
     names = {"train": train_tracer.names, "eval": eval_tracer.names}
-    if names["train"] == names["eval"]:
+    if names["train"] == names["eval"] or train_tracer.error or eval_tracer.error:
         return
     said = []
     for mode, other in (("train", "eval"), ("eval", "train")):
@@ -1708,7 +2155,7 @@ _tracing = threading.RLock()  # torch.fx replaces methods of nn.Module for the w
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
-    """Leave the model and the CPU's random state as they were.
+    """Leave the model and the random state as they were.
 
     Gives what restores modes and attributes in between.
     """
@@ -1719,8 +2166,7 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
         raise TypeError(
             f"{kind} holds compiled code: hand in the module that it was made from (_orig_mod)"
         )
-    same_numbers = torch.random.fork_rng(devices=[])
-    with _tracing, same_numbers, contextlib.ExitStack() as undo:
+    with _tracing, _same_random_numbers(), contextlib.ExitStack() as undo:
         for buffer in model.buffers():
             with contextlib.suppress(RuntimeError, ValueError):  # lazy ones, types without a copy
                 if not buffer.is_inference():
@@ -1732,6 +2178,12 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
         restore = _snapshot(model)
         undo.callback(restore)
         yield restore
+
+
+def _same_random_numbers() -> Any:
+    """Leave the random state of the CPU and, where it is in use, of CUDA as it was."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.random.fork_rng(range(torch.cuda.device_count() if in_use else 0))
 
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:
@@ -1781,6 +2233,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     --checkpoint     a file whose state dict is loaded, with weights_only=True
     --image          the input: a file with a photograph; needs pillow
     --input          the input: random numbers of a shape such as 1,3,224,224
+    --example        trace with the input as example: for models that ask about it
     --device         where to compute, such as cuda
     --train          use train mode in place of eval mode
     --exact          compute what each module or operation itself returned
@@ -1822,7 +2275,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("queries", nargs="*")
     for option in "kwargs checkpoint image input device check plot".split():
         parser.add_argument(f"--{option}")
-    for flag in "train exact auto-leaf json debug".split():
+    for flag in "train exact auto-leaf example json debug".split():
         parser.add_argument(f"--{flag}", action="store_true")
     return parser
 
@@ -1852,6 +2305,7 @@ def _run(options: argparse.Namespace) -> str:
         "suppress_diff_warning": True,
         "exact": expected.get("exact", options.exact),
         "auto_leaf": options.auto_leaf,
+        "example_inputs": (given,) if options.example else None,
     }
     names = get_graph_node_names(model, **settings)
     if options.check is not None:

@@ -101,7 +101,7 @@ def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any
 def both_traced(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
     with featx._unchanged(model) as restore:
-        yield featx._trace_both(model, restore, None, None, False, False)
+        yield featx._trace_both(model, restore, featx._tracer_arguments(None, False, None), None, False)
 
 
 def given_names(calls: Iterable[tuple[str, str | None]], paths: Iterable[str] = ()) -> list[str]:

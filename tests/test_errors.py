@@ -76,7 +76,8 @@ REMEDIES = """\
 - autowrap_functions=(function,), in tracer_kwargs, makes each call of a function of your own one
   operation (builtins such as int and len have to be called inside one)
 - concrete_args={'argument': value} fixes an argument that decides which way the code goes"""
-REASON = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
+EXAMPLE = "- example_inputs=(x,) answers it as for these inputs"
+REASON = "TraceError: its control flow depends on its inputs"
 
 
 def test_the_whole_text_of_a_typo() -> None:
@@ -90,7 +91,7 @@ def test_the_whole_text_of_what_cannot_be_traced() -> None:
     assert text_of(Sequential(Bad()), "0") == (
         f"torch.fx cannot trace tests.test_errors.Bad at '0': {REASON}\n"
         '  File "…", line 0, in forward\n    return x if x.sum() > 0 else -x\n'
-        "What helps:\n- leaf_modules=[tests.test_errors.Bad], in tracer_kwargs, makes each "
+        f"What helps:\n{EXAMPLE}\n- leaf_modules=[tests.test_errors.Bad], in tracer_kwargs, makes each "
         f"tests.test_errors.Bad one operation\n{REMEDIES}"
     )
 
@@ -102,7 +103,7 @@ def test_the_whole_text_of_an_own_forward() -> None:
     assert text_of(net(forward, part=Sequential(linear())), "part") == (
         f"torch.fx cannot trace the model's own forward (tests.nets.Net): {REASON}\n"
         '  File "…", line 0, in forward\n    return self.part(x) if x.sum() > 0 else x\n'
-        f"What helps:\n{REMEDIES}\n"
+        f"What helps:\n{EXAMPLE}\n{REMEDIES}\n"
         "Its children part can be traced by themselves."
     )
 
@@ -158,7 +159,7 @@ class Wrong(nn.Module):
         (Bad(), "", Bad, fx.proxy.TraceError),
         (Sequential(Bad()), "0", Bad, fx.proxy.TraceError),
         (Sequential(Sequential(Block(), Wrong())), "0.1", Wrong, RuntimeError),
-        (Sequential(net(lambda self, x: int(x))), "0", None, TypeError),
+        (Sequential(net(lambda self, x: int(x))), "0", None, fx.proxy.TraceError),
         (net(lambda self, x: nn.Linear(4, 4)(x)), "", None, NameError),
     ],
 )

@@ -1,0 +1,407 @@
+"""What a forward asks about its inputs is answered from an example, and other inputs are equal or refused (D28)."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import pickle
+import weakref
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import Sequential
+
+from tests import featx
+from tests.helpers import (
+    X,
+    eval_names,
+    exact,
+    extract,
+    extract_quietly,
+    feature_extraction,
+    in_both_modes,
+    node_names,
+    parametrize,
+    same,
+)
+from tests.nets import linear, net, stated
+
+LONGER = torch.cat([X, X - 1])
+NEGATIVE = -X
+WEIGHTS = torch.ones(4)
+in_both_ways = parametrize("is_exact", [False, True], ids=["default", "exact"])
+
+# A forward that asks -> inputs of which some are answered otherwise than the example, X.
+ASKING = {
+    "truth": ("return h if x.ndim == 2 else x", X[0]),
+    "not": ("return x if not x.shape[0] % 3 else h", X[:2]),
+    "a number's truth": ("return h if x.shape[0] else x", X[:0]),
+    "a tensor's truth": ("return h if (x > 0).all() else x", NEGATIVE),
+    "a range": ("for i in range(x.shape[0]): h = h + i\nreturn h", LONGER),
+    "unpacking": ("rows, width = x.shape\nreturn h if width == 4 else x", LONGER),
+    "iteration": ("return sum(row for row in h)", LONGER),
+    "the rest": ("first, *rest = h\nreturn torch.stack(rest) - first", LONGER),
+    "zip": ("return torch.stack([a * b for a, b in zip(h, x)])", LONGER),
+    "length": ("return h * len(x)", LONGER),
+    "a star": ("return h.reshape(*x.shape[:-1], 2, 2)", X[None]),
+    "in": ("return h if 3 in x.shape else x", LONGER),
+    "int": ("return h[:, :int(x.sum() > 0) + 1]", NEGATIVE),
+    "item": ("return h * 2 if x.max().item() > 0 else h", NEGATIVE),
+    "float": ("return h * float(x.shape[0] / 2)", LONGER),
+    "an index": ("return h * [1, 2, 3, 4, 5, 6, 7][x.shape[0]]", LONGER),
+    "round": ("return h[:, :round(x.shape[0] / 2)]", LONGER),
+    "a tensor made of a number": ("return h + torch.zeros(x.shape[0], 1) + torch.arange(len(x))[:, None]", LONGER),
+    "a limit of a dtype": ("return h.clamp(min=torch.finfo(x.dtype).min)", X * 2),
+    "a kind": ("return h if isinstance(x, torch.Tensor) else x[0]", [X]),
+    "is_tensor": ("return h if torch.is_tensor(x) else x[0]", [X]),
+    "callable": ("return x(h) if callable(x) else h", X * 2),
+    "hasattr": ("return h if hasattr(x, 'shape') and not hasattr(x, 'features') else x", X * 2),
+    "an attribute that is None": ("return h if x.grad is None else x", X * 2),
+    "a parameter": ("return h if self.scale.shape[0] == 4 and self.scale.dim() == 1 else x", X * 2),
+    "a text": ("assert x.ndim == 2, f'not {x.shape}'\nreturn h", X[0]),
+    "another module": ("return torch.nn.Softmax(-1)(h)", X * 2),
+    "writes": ("h[:, :2] += len(x)\nx.mul_(2)\nreturn h + x", LONGER),
+    "a constant that is written": ("o = torch.zeros(4); o += h.sum(0) * len(x)\nreturn o * 1", LONGER),
+    "a failed call": ("try: return self.fc(h, mask=x)\nexcept TypeError: return self.fc(h)", X * 2),
+    "a set": ("return h * len({*x.shape[:0]}) + len(x)", LONGER),
+}
+
+
+def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns or, if it fails, the error."""
+    try:
+        return function(*copy.deepcopy(arguments))
+    except Exception as error:
+        return error
+
+
+def agree(extractor: nn.Module, model: nn.Module, *arguments: Any) -> bool:
+    """Whether an extractor gives the model's output; else both fail, or a guard refuses."""
+    found, expected = outcome(extractor, *arguments), outcome(model, *arguments)
+    if isinstance(found, Exception):
+        assert isinstance(found, AssertionError) or isinstance(expected, type(found)), found
+        return False
+    assert same(found["output"], expected)
+    return True
+
+
+@in_both_modes
+@in_both_ways
+@parametrize("body, other", ASKING.values(), ids=ASKING)
+def test_a_question_is_answered_or_refused(body: str, other: Any, is_exact: bool, mode: bool) -> None:
+    model = stated(body).train(mode)
+    before = copy.deepcopy(model.state_dict())
+    extractor = extract_quietly(model, ["output", "fc"], exact=is_exact, example_inputs=(X,))
+    assert same(model.state_dict(), before)
+    assert not hasattr(model, "_tensor_constant0")
+    if "+=" not in body or is_exact:
+        assert agree(extractor, model, X)
+        assert agree(extractor, model, X * 0.9)
+        agree(extractor, model, other)
+
+
+def test_a_guard_names_the_line_and_the_answer() -> None:
+    extractor = extract(Asks(), "output", example_inputs=(X,))
+    with pytest.raises(AssertionError, match=r"\(if x\.shape\[0\] % 3 == 0:\) was True \(test_example\.py, line \d+\)"):
+        extractor(X[:2])
+
+
+class Asks(nn.Module):
+    """A forward with a question, twice the same, and one about a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] % 3 == 0:
+            x = self.fc(x)
+        if x.shape[0] % 3 == 0 and self.fc.weight.shape[0] % 2 == 0:
+            x = x + 1
+        return x.relu()
+
+
+def test_equal_guards_are_one() -> None:
+    names = eval_names(Asks(), example_inputs=(X,))
+    assert [name for name in names if "_assert" in name] == ["_assert", "_assert_1"]  # x, then what fc returned
+
+
+def test_guards_after_the_cut_are_gone() -> None:
+    extractor = extract(stated("return h.relu() if len(h) == 3 else x"), "fc", example_inputs=(X,))
+    assert same(extractor(LONGER)["fc"], extractor.fc(LONGER))
+
+
+@parametrize("name, size", [("vit_b_16", 224), ("swin_t", 64), ("resnet18", 64)])
+def test_a_model_that_asks_nothing_has_the_same_graph(name: str, size: int) -> None:
+    feature_extraction()
+    import torchvision
+
+    model = getattr(torchvision.models, name)(weights=None).eval()
+    example = (torch.rand(1, 3, size, size),)
+    plain, answered = (extract(model, "output", exact=True, example_inputs=given) for given in (None, example))
+    own, other = ([*extractor.eval_graph.nodes] for extractor in (plain, answered))
+    assert [(node.name, str(node.target)) for node in own] == [(node.name, str(node.target)) for node in other]
+    assert node_names(model, example_inputs=example) == node_names(model)
+
+
+# --- arguments ---
+
+
+def with_options(x: Any, mask: Any = None, *, flag: bool = False, kind: str = "sum", scale: float = 3.0) -> Any:
+    h = x * scale if mask is None else x * mask
+    h = -h if flag is True else h
+    return h.sum(0) if kind == "sum" else h.mean(0)
+
+
+def optional() -> nn.Module:
+    return net(lambda self, *args, **kwargs: with_options(*args, **kwargs))
+
+
+class Optional(nn.Module):
+    """A forward with arguments of each kind."""
+
+    def forward(self, x: Any, mask: Any = None, *, flag: bool = False, kind: str = "sum", scale: float = 3.0) -> Any:
+        return with_options(x, mask, flag=flag, kind=kind, scale=scale)
+
+
+@parametrize("model", [Optional(), optional()], ids=["named", "stars"])
+@parametrize(
+    "options",
+    [{}, {"mask": X > 0.5}, {"mask": None}, {"flag": True}, {"kind": "mean", "flag": False}, {"scale": 2.0}],
+    ids=str,
+)
+def test_an_extractor_is_called_as_the_example(model: nn.Module, options: dict[str, Any]) -> None:
+    example = {**options, "x": X}
+    if model.forward.__code__.co_flags & 4:
+        example = options and pytest.skip("what has no name is given by its place") or (X,)
+    extractor = exact(model, "output", example_inputs=example)
+    given = {**options, "x": -X}
+    arguments = (given.pop("x"),) if isinstance(example, tuple) else ()
+    assert same(extractor(*arguments, **given)["output"], model(-X, **options))
+
+
+def test_keywords_are_arguments() -> None:
+    model = net(lambda self, x, **others: self.fc(x) + others["y"], fc=linear())
+    extractor = exact(model, "output", example_inputs={"x": X, "y": X})
+    assert same(extractor(x=X, y=-X)["output"], model(X, y=-X))
+
+
+def test_many_positional_arguments() -> None:
+    model = net(lambda self, *xs: sum(xs))
+    assert same(exact(model, "output", example_inputs=(X, X, X))(X, -X, X)["output"], X)
+
+
+@parametrize("options, other", [({"mask": None}, X), ({"flag": True}, False), ({"kind": "mean"}, "sum")], ids=str)
+def test_a_constant_of_the_example_is_guarded(options: dict[str, Any], other: Any) -> None:
+    (name,) = options
+    extractor = exact(Optional(), "output", example_inputs={"x": X, **options})
+    with pytest.raises((AssertionError, RuntimeError), match=f"{name!r} was {options[name]!r}|ambiguous"):
+        extractor(X, other)
+
+
+def test_trees_are_stand_ins() -> None:
+    def forward(self: Any, batch: Any) -> Any:
+        total = sum(batch[name] for name in batch) + sum(batch.values())
+        for name, value in batch.items():
+            total = total + value * len(name)
+        total = total + batch.get("c", 1) + (batch["a"] if "b" in batch else 0)
+        return {**batch, "total": total, "first": next(iter(batch.keys()))}
+
+    model = net(forward)
+    extractor = exact(model, "output", example_inputs=({"a": X, "b": X},))
+    assert same(extractor({"a": X, "b": -X})["output"], model({"a": X, "b": -X}))
+    with pytest.raises(AssertionError, match=r"was \['a', 'b'\]"):
+        extractor({"a": X, "b": X, "c": X})
+
+
+def test_what_a_leaf_returns_may_be_none() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return None
+
+    model = net(lambda self, x: x if self.leaf(x) is None else -x, leaf=Nothing())
+    extractor = exact(model, ["leaf", "output"], example_inputs=(X,), tracer_kwargs={"leaf_modules": [Nothing]})
+    assert same(extractor(X), {"leaf": None, "output": X})
+
+
+def test_nothing_stays_in_a_cache() -> None:
+    cache: dict[Any, int] = {}
+    model = net(lambda self, x: x * cache.setdefault(x.shape[0], 2))
+    with pytest.raises(featx.UntraceableError, match="no hash"):
+        extract(model, "output", example_inputs=(X,))
+    assert not cache
+
+
+@parametrize(
+    "example, error, match",
+    [
+        (X, TypeError, "takes a tuple"),
+        ((), TypeError, "missing a required argument: 'x'"),
+        ((X, X, X), TypeError, "too many positional"),
+        ({"y": X}, TypeError, "missing a required"),
+    ],
+    ids=["no tuple", "missing", "too many", "unknown"],
+)
+def test_an_example_that_does_not_fit(example: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        extract(stated("return h"), "output", example_inputs=example)
+
+
+def test_an_example_and_concrete_args() -> None:
+    with pytest.raises(ValueError, match="pass one of them"):
+        extract(Optional(), "output", example_inputs=(X,), concrete_args={"flag": True})
+
+
+# --- without an example ---
+
+
+@parametrize("options", [{}, {"mask": None}, {"kind": "sum"}, {"scale": 2.0}], ids=str)
+def test_exact_takes_defaults(options: dict[str, Any]) -> None:
+    assert same(exact(Optional(), "output")(X, **options)["output"], Optional()(X, **options))
+
+
+@parametrize("options", [{"mask": "x"}, {"flag": True}, {"kind": "mean"}], ids=str)
+def test_exact_refuses_other_values_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError, match=repr([*options][0])):
+        exact(Optional(), "output")(X, **options)
+
+
+def test_concrete_args_win_over_defaults() -> None:
+    given = {"flag": True, "mask": fx.PH}
+    extractor = exact(Optional(), "output", concrete_args=given)
+    assert same(extractor(X, X)["output"], Optional()(X, X, flag=True))
+
+
+def test_the_rest_of_a_signature_is_empty() -> None:
+    model = net(lambda self, x, *rest, **options: x + len(rest) + len(options))
+    assert same(exact(model, "output")(X)["output"], X)
+
+
+@in_both_ways
+def test_a_tensor_as_default(is_exact: bool) -> None:
+    model = net(lambda self, x, w=WEIGHTS: x * w)
+    with pytest.raises(featx.UntraceableError, match="'w' has a tensor as default"):
+        extract(model, "output", exact=is_exact)
+    assert same(extract(model, "output", example_inputs=(X,))(X)["output"], X)
+
+
+def test_an_argument_that_nobody_takes_is_said() -> None:
+    with pytest.warns(featx.FeatureWarning, match=r"concrete_args=\{'mask': None\} or example_inputs"):
+        extract(net(lambda self, x, mask=None: x if mask is None else x * 2), "output")
+    assert same(extract(net(lambda self, x, y=None: x * y), "output")(X, X)["output"], X * X)
+
+
+def test_the_error_names_the_example_first() -> None:
+    with pytest.raises(featx.UntraceableError, match=r"What helps:\n- example_inputs=\(x,\)"):
+        extract(Asks(), "output")
+
+
+# --- what is checked, and modes ---
+
+
+def test_an_example_that_shows_a_difference() -> None:
+    model = stated("v = h[:, :2]; v += 1; return h * 1")
+    with pytest.raises(featx.UntraceableError, match="something else than the model"):
+        extract_quietly(model, "output", example_inputs=(X,))
+    assert agree(exact(model, "output", example_inputs=(X,)), model, X)
+
+
+class OnlyIn(nn.Module):
+    """A model that fails in the other mode."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training != (self.mode == "train"):
+            raise ValueError("targets")
+        return self.fc(x).relu()
+
+
+@parametrize("mode, other", [("train", "eval"), ("eval", "train")])
+def test_the_other_mode_may_fail(mode: str, other: str) -> None:
+    model = getattr(OnlyIn(mode), mode)()
+    with pytest.warns(UserWarning, match=f"in {other} mode an extractor will raise.*targets"):
+        names = featx.get_graph_node_names(model)
+    assert getattr(names, other) == []
+    assert getattr(names, mode) == ["x", "fc", "relu"]
+    extractor = extract_quietly(model, {"relu": "y", "fc": "z"})
+    assert same(extractor(X)["y"], model(X))
+    for copied in (extractor, copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
+        with pytest.raises(featx.UntraceableError, match="targets"):
+            getattr(copied, other)()(X)
+
+
+def test_the_own_mode_may_not_fail() -> None:
+    with pytest.raises(featx.UntraceableError, match="targets"):
+        node_names(OnlyIn("train").eval())
+
+
+# --- where extractors go ---
+
+
+def asking() -> Any:
+    return exact(Sequential(Asks(), Asks()), ["0", "output"], example_inputs=(X,))
+
+
+def test_copies_keep_guards() -> None:
+    extractor = asking()
+    for copied in (copy.copy(extractor), copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
+        assert same(copied(X), extractor(X))
+        with pytest.raises(AssertionError, match="went one way"):
+            copied(X[:2])
+
+
+def test_scripts_exports_and_compiles() -> None:
+    extractor = asking().eval()
+    assert same(torch.jit.script(extractor)(X), extractor(X))
+    assert same(torch.compile(extractor, backend="eager")(X), extractor(X))
+    if hasattr(torch, "export"):
+        assert same(dict(torch.export.export(extractor, (X,)).module()(X)), extractor(X))
+
+
+def test_random_numbers_are_those_of_one_run() -> None:
+    model = stated("h = torch.nn.functional.dropout(h, 0.5, self.training)\nreturn h if (h == h).all() else x")
+    assert "dropout" in node_names(model.train(), example_inputs=(X,)).train
+
+
+def test_values_are_let_go() -> None:
+    alive: list[Any] = []
+
+    def forward(self: Any, x: Any) -> Any:
+        for _ in range(8):
+            x = x + 1
+            alive.append(weakref.ref(x))
+        return x
+
+    stand_ins = net(forward)
+    extract(stand_ins, "output", example_inputs=(X,))
+    assert sum(reference() is not None for reference in alive) == 0
+
+
+def test_builtins_are_as_they_were() -> None:
+    before = isinstance, callable, torch.is_tensor, torch.zeros
+    extract(Asks(), "output", example_inputs=(X,))
+    assert before == (isinstance, callable, torch.is_tensor, torch.zeros)
+
+
+def test_a_list_is_iterated_with_a_guard() -> None:
+    model = net(lambda self, xs: torch.stack([x * 2 for x in xs]))
+    extractor = exact(model, "output", example_inputs=([X, X],))
+    assert same(extractor([X, -X])["output"], model([X, -X]))
+    with pytest.raises(AssertionError, match="was 2"):
+        extractor([X, X, X])
+
+
+def test_what_has_no_index_is_listed() -> None:
+    model = net(lambda self, x: sum(part for part in reversed_rows(x)))
+    options = {"tracer_kwargs": {"autowrap_functions": [reversed_rows]}, "example_inputs": (X,)}
+    assert same(exact(model, "output", **options)(X)["output"], model(X))
+
+
+def reversed_rows(x: torch.Tensor) -> Any:
+    return collections.deque(reversed([*x])).__reversed__()
