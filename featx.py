@@ -510,7 +510,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[[], Any], list[Any]]:
         """Make the placeholders, with an example for what it gives; see ``torch.fx.Tracer``."""
-        if self.example is None and not self.exact:
+        if not is_module or (self.example is None and not self.exact):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         signature = inspect.signature(root_fn)
         if self.example is None:
@@ -776,6 +776,7 @@ class NodePathTracer(_AnsweringTracer):
         given: the arguments that the example gives, by name.
         error: why the mode could not be traced.
         training: whether the model was in train mode.
+        asked_mode: whether the forward asked for the mode of a module, or might have.
         returned: what modules returned, if a graph can hold it. The first call of a module is
             under its path; with exact=True the second is under the name ``path_1``.
         losses: what tracing left out, by kind -> the position of the first node that it concerns,
@@ -799,6 +800,7 @@ class NodePathTracer(_AnsweringTracer):
         self.current_module_qualname = ""
         self.error: UntraceableError | None = None
         self.training = True
+        self.asked_mode = False
         self.returned: dict[str, _Feature] = {}
         self.losses: dict[str, tuple[int, str]] = {}
         self.replaced: set[fx.Node] = set()
@@ -842,6 +844,7 @@ class NodePathTracer(_AnsweringTracer):
             self.keep(*self.root.buffers())
         with contextlib.ExitStack() as undo, _Watch(self), _Patcher() as patcher:
             undo.callback(self.put_back)
+            undo.enter_context(self._noting_mode())
             # Where gradients are enabled already, enabling them again changes no mode.
             for block in (torch.enable_grad, torch.set_grad_enabled):
                 patcher.patch_method(block, "__enter__", self._losing(block.__enter__))
@@ -999,6 +1002,50 @@ class NodePathTracer(_AnsweringTracer):
             if not is_same:
                 self.lose(_ASSIGNED, 0)
 
+    @contextlib.contextmanager
+    def _noting_mode(self) -> Iterator[None]:
+        """See whether the forward asks for the mode of a module."""
+        self.asked_mode = any(map(_may_ask_mode, set(map(type, self.root.modules()))))
+
+        def get(module: nn.Module) -> Any:
+            self.asked_mode |= not self._is_other_thread()
+            if "training" not in vars(module):
+                raise AttributeError("training")
+            return vars(module)["training"]
+
+        def set_to(module: nn.Module, training: bool) -> None:
+            vars(module)["training"] = training
+
+        outer = vars(nn.Module).get("training")  # of a trace around this one
+        nn.Module.training = property(get, set_to)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.training
+            if outer is not None:
+                nn.Module.training = outer
+
+    def in_other_mode(self) -> NodePathTracer:
+        """The tracer of the other mode, where the forward does not ask for it: a copy."""
+        other = copy.copy(self)
+        other.training = not self.training
+        other.graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        value = other.graph.graph_copy(self.graph, copies)
+        other.graph.output(value)
+
+        def copied(node: fx.Node) -> fx.Node:
+            return copies[node]
+
+        names = self.node_to_qualname.items()
+        other.node_to_qualname = {copies[node]: name for node, name in names}
+        other.returned = {
+            query: _Feature(map_arg(value, copied), after)
+            for query, (value, after) in self.returned.items()
+        }
+        other.replaced = set(map(copied, self.replaced))
+        return other
+
     def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
         def losing(*arguments: Any) -> Any:
             if not self._is_other_thread():
@@ -1031,6 +1078,16 @@ _AROUND = (
     "was replaced on the instance, or stands inside of hooks or a __call__ of the model's own,"
     " which tracing leaves out, but not in nn.Sequential(model)"
 )
+
+
+def _may_ask_mode(kind: Any) -> bool:
+    """Whether modules of a class have a mode of their own, or read it in ways that nobody sees."""
+    for name in ("train", "eval", "__getattribute__"):
+        if getattr(kind, name) is not getattr(nn.Module, name):
+            return True
+    code = getattr(inspect.getattr_static(kind, "forward"), "__code__", None)
+    names = getattr(code, "co_names", ())
+    return hasattr(kind, "training") or "vars" in names or "__dict__" in names
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -1104,11 +1161,10 @@ def _trace_both(
     while len(tracers) < 2:
         mode = other if tracers else own
         try:
-            tracers[mode] = _trace(model, mode, arguments, concrete_args)
-            restore(keep=(torch.Tensor, nn.Module))
+            tracers[mode] = _trace(model, mode, arguments, concrete_args, tracers.get(own))
         except UntraceableError as error:
-            restore(keep=(torch.Tensor, nn.Module))
             if auto_leaf and error.path and error.module_type not in leaves:
+                restore()
                 tracers.clear()
                 leaves[error.module_type] = error.reason
                 arguments["leaf_modules"] += (error.module_type,)
@@ -1116,6 +1172,8 @@ def _trace_both(
                 raise
             else:
                 tracers[mode] = _refusing(error, tracers[own])
+        finally:
+            restore(keep=(torch.Tensor, nn.Module))
     if leaves:
         listed = ", ".join(map(_class_path, leaves))
         kwargs = f"tracer_kwargs={{'leaf_modules': [{listed}]}}"
@@ -1146,14 +1204,22 @@ def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) 
 
 
 def _trace(
-    model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args: Any
+    model: nn.Module,
+    mode: str,
+    arguments: dict[str, Any],
+    concrete_args: Any,
+    traced: NodePathTracer | None,
 ) -> NodePathTracer:
+    """Trace in a mode; where the forward does not ask for it, the other mode's graph serves."""
     tracer = NodePathTracer(**arguments)
     try:
         if model.training != (mode == "train"):  # what is frozen in the model's mode stays frozen
             getattr(model, mode)()
-        with torch.enable_grad(), _same_random_numbers():
-            tracer.trace(model, concrete_args)
+        if traced is not None and not traced.asked_mode:
+            tracer = traced.in_other_mode()
+        else:
+            with torch.enable_grad(), _same_random_numbers():
+                tracer.trace(model, concrete_args)
         if tracer.example:
             _check_example(model, tracer)
         return tracer
