@@ -1164,7 +1164,6 @@ def _trace_both(
             tracers[mode] = _trace(model, mode, arguments, concrete_args, tracers.get(own))
         except UntraceableError as error:
             if auto_leaf and error.path and error.module_type not in leaves:
-                restore()
                 tracers.clear()
                 leaves[error.module_type] = error.reason
                 arguments["leaf_modules"] += (error.module_type,)
