@@ -86,13 +86,8 @@ import torch
 from torch import fx, nn
 
 # Private to torch; tried on 1.13.1, 2.2.2, 2.5.1 and 2.14.1.
-from torch.fx._symbolic_trace import (
-    PH,
-    _assert_is_none,
-    _create_wrapped_func,
-    _find_proxy,
-    _Patcher,
-)
+from torch.fx import _symbolic_trace
+from torch.fx._symbolic_trace import PH, _assert_is_none, _find_proxy, _Patcher
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import _get_qualified_name, map_aggregate, map_arg
 from torch.jit import is_scripting  # type: ignore[attr-defined]
@@ -691,11 +686,16 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         patcher.patch(vars(builtins), "callable", answer_callable)
         patcher.patch(vars(torch), "is_tensor", answer_is_tensor)
         for name in _FACTORIES:
-            patcher.patch(vars(torch), name, self._recorded(getattr(torch, name)))
+            patcher.patch(vars(torch), name, self.recorded(getattr(torch, name)))
+        # Torch.fx's own expects that a function which it wraps never returns None.
+        patcher.patch(
+            vars(_symbolic_trace), "_create_wrapped_func", functools.partial(self.recorded)
+        )
 
-    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Of a function one that is recorded where a stand-in is among its arguments."""
 
+        @functools.wraps(function, updated=())
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if _find_proxy(args, kwargs) is None:
                 return function(*args, **kwargs)
@@ -851,7 +851,7 @@ class NodePathTracer(_AnsweringTracer):
             # torch.fx wraps neither _function() nor module.function().
             for function in self._autowrapped:
                 namespace = getattr(function, "__globals__", {})
-                patcher.patch(namespace, function.__name__, _create_wrapped_func(function))
+                patcher.patch(namespace, function.__name__, self.recorded(function))
             if self.example:
                 self.patch_questions(patcher)
             buffers = {**self.root._buffers}
@@ -935,8 +935,18 @@ class NodePathTracer(_AnsweringTracer):
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
-        self.node_to_qualname[node] = self._namer.name(self.current_module_qualname, own)
+        if self.exact and isinstance(value, torch.Tensor) and not torch.is_grad_enabled():
+            proxy = self._detached(node, value)
+        self.node_to_qualname[proxy.node] = self._namer.name(self.current_module_qualname, own)
         return None if value is None and node.op != "placeholder" else proxy
+
+    def _detached(self, node: fx.Node, value: torch.Tensor) -> fx.Proxy:
+        """The stand-in for what is computed where gradients are switched off."""
+        if _is_in_place(node):
+            self.lose(_GRAD_MODE)
+        proxy = self.proxy(self.graph.call_function(torch.detach, (node,)))
+        self.note_value(proxy, value)
+        return proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The stand-in for a node's value."""
@@ -988,7 +998,7 @@ class NodePathTracer(_AnsweringTracer):
         autocast, grad = _current_modes()
         if autocast != self._modes[0]:
             self.lose(_AUTOCAST)
-        if grad != self._modes[1]:
+        if grad != self._modes[1] and not (self.exact and self.example):
             self.lose(_GRAD_MODE)
 
     def _check_buffers(self, module: nn.Module, before: Mapping[str, Any]) -> None:
@@ -1156,12 +1166,16 @@ def _trace_both(
     """
     _check_arguments(model, concrete_args, arguments["example_inputs"])
     own, other = ("train", "eval") if model.training else ("eval", "train")
+    settle = functools.partial(restore, keep=(torch.Tensor, nn.Module))
     leaves: dict[type[nn.Module], str] = {}
     tracers: dict[str, NodePathTracer] = {}
     while len(tracers) < 2:
         mode = other if tracers else own
         try:
             tracers[mode] = _trace(model, mode, arguments, concrete_args, tracers.get(own))
+            settle()
+            if tracers[mode].example:
+                _check_example(model, mode, tracers[mode])
         except UntraceableError as error:
             if auto_leaf and error.path and error.module_type not in leaves:
                 tracers.clear()
@@ -1172,7 +1186,7 @@ def _trace_both(
             else:
                 tracers[mode] = _refusing(error, tracers[own])
         finally:
-            restore(keep=(torch.Tensor, nn.Module))
+            settle()
     if leaves:
         listed = ", ".join(map(_class_path, leaves))
         kwargs = f"tracer_kwargs={{'leaf_modules': [{listed}]}}"
@@ -1212,38 +1226,41 @@ def _trace(
     """Trace in a mode; where the forward does not ask for it, the other mode's graph serves."""
     tracer = NodePathTracer(**arguments)
     try:
-        if model.training != (mode == "train"):  # what is frozen in the model's mode stays frozen
-            getattr(model, mode)()
+        _set_mode(model, mode)
         if traced is not None and not traced.asked_mode:
             tracer = traced.in_other_mode()
         else:
             with torch.enable_grad(), _same_random_numbers():
                 tracer.trace(model, concrete_args)
-        if tracer.example:
-            _check_example(model, tracer)
         return tracer
     except Exception as error:
         raise _untraceable(model, error, arguments) from error
 
 
-def _check_example(model: nn.Module, tracer: NodePathTracer) -> None:
+def _set_mode(model: nn.Module, mode: str) -> None:
+    if model.training != (mode == "train"):  # what is frozen in the model's mode stays frozen
+        getattr(model, mode)()
+
+
+def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     """See that the graph gives for the example what the model gives, bit for bit."""
     traced = DualGraphModule(model, tracer.graph, tracer.graph)
-    values = []
-    for run, arguments in ((model, tracer.example), (traced, ((), tracer.given))):
-        args, kwargs = _clone_nested(arguments)
-        with _unchanged(model), torch.no_grad():
-            values.append(run(*args, **kwargs))
-            tracer.put_back()
-    (expected, structure), (found, found_structure) = map(tree_flatten, values)
+    leaves = []
     try:
-        assert structure == found_structure, f"{found_structure} in place of {structure}"
+        for run, arguments in ((model, tracer.example), (traced, ((), tracer.given))):
+            args, kwargs = _clone_nested(arguments)
+            with _unchanged(model), torch.no_grad():
+                _set_mode(model, mode)
+                leaves.append(tree_flatten(run(*args, **kwargs))[0])
+            tracer.put_back()
+        expected, found = leaves
+        assert len(found) == len(expected), f"{len(found)} values, not {len(expected)}"
         for value, own in zip(found, expected):
             if isinstance(own, torch.Tensor):
                 torch.testing.assert_close(value, own, rtol=0, atol=0, equal_nan=True)
-    except AssertionError as error:
-        text = f"for the example its graph gives something else than the model: {error}"
-        raise fx.proxy.TraceError(text) from error
+    except Exception as error:
+        reason = f"for the example its graph gives something else than the model: {error}"
+        raise UntraceableError("", type(model), reason) from error
 
 
 def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
@@ -1814,6 +1831,8 @@ def _is_in_place(node: fx.Node) -> bool:
     code = getattr(node.target, "__code__", None)
     parameters = getattr(code, "co_varnames", ())
     arguments = {**dict(zip(parameters, node.args)), **node.kwargs}
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _WRITING  # the underscore of and_ and or_ means nothing
     is_named_so = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
     return is_named_so or arguments.get("inplace") is True
 

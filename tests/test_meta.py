@@ -17,7 +17,7 @@ from tests.versions import older
 
 ROOT = Path(__file__).parent.parent
 
-RESTORE_BETWEEN, RESTORE_AT_THE_END = "restore(keep=(torch.Tensor, nn.Module))", "undo.callback(restore)"
+RESTORE_BETWEEN, RESTORE_AT_THE_END = "finally:\n            settle()", "undo.callback(restore)"
 VERSION = '__version__ = "0.1.0"\n'
 PLANNED = "stays, missed = _staying(operations, reads)"
 MEMORIES = "    memory = [{position} for position in range(len(operations))]"
@@ -62,7 +62,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "functions that are autowrapped by name alone": (
         "test_met.py::test_functions_that_are_autowrapped",
-        {"patcher.patch(namespace, function.__name__, _create_wrapped_func(function))": "pass"},
+        {"patcher.patch(namespace, function.__name__, self.recorded(function))": "pass"},
     ),
     "scripted submodules are no leaves": (
         "test_met.py::test_scripted_and_traced_parts_are_leaves",
@@ -95,7 +95,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "an example is not checked": (
         "test_example.py::test_an_example_that_shows_a_difference",
-        {"_check_example(model, tracer)": "pass"},
+        {"_check_example(model, mode, tracers[mode])": "pass"},
     ),
     "constants of the example not guarded": (
         "test_example.py::test_a_constant_of_the_example_is_guarded[mask]",
@@ -350,7 +350,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     # the caller's things
     "modes not restored": (
         "test_effects.py::test_success[True-modes]",
-        {RESTORE_BETWEEN: "pass", RESTORE_AT_THE_END: "pass"},
+        {RESTORE_BETWEEN: "finally:\n            pass", RESTORE_AT_THE_END: "pass"},
     ),
     "modes restored without train()": (
         "test_effects.py::test_a_train_method_that_changes_the_weights",
@@ -362,7 +362,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "the trace before not forgotten": (
         "test_effects.py::test_a_trace_does_not_see_the_one_before",
-        {RESTORE_BETWEEN: "pass"},
+        {RESTORE_BETWEEN: "finally:\n            pass"},
     ),
     "a constant left behind": (
         "test_effects.py::test_constants_and_buffers",
@@ -561,7 +561,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "what the tries before left": (
         "test_auto_leaf.py::test_a_try_does_not_see_what_the_ones_before_left",
-        {RESTORE_BETWEEN: "pass"},
+        {RESTORE_BETWEEN: "finally:\n            pass"},
     ),
     "views of constants not looked at": (
         "test_met.py::test_refused_if_exact[a view of a constant]",
