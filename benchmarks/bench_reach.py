@@ -12,7 +12,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -75,19 +74,12 @@ def examine(library: str, name: str, tell: Tell) -> None:
     model, inputs = found
     tell(runs=True, inputs=described(inputs(0, 1, 0)))
     with_example(model, inputs, tell)
-    for (
-        way,
-        trace,
-    ) in WAYS.items():  # torchvision's function comes last, since it leaves the mode as it was when it failed
-        tell(**{way: reason_of(functools.partial(trace, model, suppress_diff_warning=True))})
-
-
-# torchvision's function comes last: where it fails, it leaves the model in train mode.
-WAYS: Dict[str, Callable[..., Any]] = {
-    "default": featx.get_graph_node_names,
-    "auto_leaf": functools.partial(featx.get_graph_node_names, auto_leaf=True),
-    "torchvision": feature_extraction.get_graph_node_names,
-}
+    by_default = reason_of(lambda: featx.get_graph_node_names(model, suppress_diff_warning=True))
+    tell(default=by_default)
+    options = {"suppress_diff_warning": True, "auto_leaf": True}
+    tell(auto_leaf=by_default and reason_of(lambda: featx.get_graph_node_names(model, **options)))
+    # The last, since it leaves models that it cannot trace in train mode.
+    tell(torchvision=reason_of(lambda: feature_extraction.get_graph_node_names(model, suppress_diff_warning=True)))
 
 
 def with_example(model: nn.Module, inputs: reach_models.Inputs, tell: Tell) -> None:
