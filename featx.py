@@ -53,6 +53,7 @@ import collections
 import contextlib
 import copy
 import difflib
+import dis
 import functools
 import importlib
 import inspect
@@ -382,6 +383,7 @@ class _Recording:
 
     tracer: Any
     _value: Any
+    __getitem__: Callable[..., Any]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, fx.Proxy):  # of x[i] += y the operator needs no memory of its own
@@ -395,6 +397,14 @@ class _Recording:
             if self.tracer.evaluate("call_function", getattr, (self, name), {}) is None:
                 return None
         return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        # As torch.fx's, which holds all that its caller holds until garbage is collected.
+        caller = sys._getframe(1)
+        operation, count = caller.f_code.co_code[caller.f_lasti :][:2]
+        if dis.opname[operation] == "UNPACK_SEQUENCE":  # a, b = x
+            return iter([self[position] for position in range(count)])
+        return self.tracer.iter(self)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return self.tracer.answer(self, len)  # type: ignore[no-any-return]
@@ -1041,19 +1051,14 @@ class NodePathTracer(_AnsweringTracer):
         other.training = not self.training
         other.graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        value = other.graph.graph_copy(self.graph, copies)
-        other.graph.output(value)
-
-        def copied(node: fx.Node) -> fx.Node:
-            return copies[node]
-
-        names = self.node_to_qualname.items()
-        other.node_to_qualname = {copies[node]: name for node, name in names}
-        other.returned = {
-            query: _Feature(map_arg(value, copied), after)
-            for query, (value, after) in self.returned.items()
+        other.graph.output(other.graph.graph_copy(self.graph, copies))
+        other.node_to_qualname = {
+            copies[node]: name for node, name in self.node_to_qualname.items()
         }
-        other.replaced = set(map(copied, self.replaced))
+        other.replaced = {copies[node] for node in self.replaced}
+        other.returned = {}
+        for query, (value, after) in self.returned.items():
+            other.returned[query] = _Feature(map_arg(value, copies.__getitem__), after)
         return other
 
     def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
@@ -1293,7 +1298,7 @@ def _untraceable(model: nn.Module, error: Exception, arguments: dict[str, Any]) 
 def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a module that has something inside can be traced."""
     with contextlib.suppress(Exception):
-        NodePathTracer(**arguments).trace(model)
+        NodePathTracer(**{**arguments, "example_inputs": None}).trace(model)
         return any(model.children())
     return False
 
@@ -1336,7 +1341,7 @@ def _model_line(frames: Iterable[tuple[Any, int]]) -> tuple[str, int, str, str]:
     """The first line outside of torch and this file: its file, number, function and text."""
     for frame, line in frames:
         module = frame.f_globals.get("__name__", "")
-        if module != __name__ and not module.startswith("torch."):
+        if module != __name__ and module.split(".")[0] != "torch":
             path = frame.f_code.co_filename
             return path, line, frame.f_code.co_name, linecache.getline(path, line).strip()
     return "", 0, "", ""
