@@ -835,10 +835,7 @@ class _Namer:
         # Stem -> the number after the most recently given form.
         self._next_number = dict.fromkeys(self._uncalled, 1)
         # A name that is given out -> the number to try where it would be repeated.
-        self._retry = {}
-        for path in self._uncalled:
-            _, number = _split_number(path)
-            self._retry[path] = (number or 0) + 1
+        self._retry = {path: _split_number(path)[1] + 1 for path in self._uncalled}
 
     def name(self, scope: str, own: str | None = None) -> str:
         """The name of the next node.
@@ -865,20 +862,18 @@ class _Namer:
         self._retry[first] = number + 1  # so that the next search begins where this one ends
         # A name counts as a form of itself and, if it ends in a number, of what is before.
         self._next_number[name] = 1
-        self._retry[name] = 1
         head, last = _split_number(name)
-        if last is not None:
-            self._next_number[head] = last + 1
-            self._retry[name] = last + 1
+        self._next_number[head] = last + 1
+        self._retry[name] = last + 1
         return name
 
 
-def _split_number(name: str) -> tuple[str, int | None]:
-    """``"relu_12"`` -> ``("relu", 12)``; without such an ending ``(name, None)``."""
+def _split_number(name: str) -> tuple[str, int]:
+    """``"relu_12"`` -> ``("relu", 12)``; without such an ending ``(name, 0)``."""
     head, _, digits = name.rpartition("_")
     if head and digits.isascii() and digits.isdigit():
         return head, int(digits)
-    return name, None
+    return name, 0
 
 
 # ---- selection
@@ -921,10 +916,8 @@ def _find_features(
     """The value of each query, in execution order."""
     tracer = tracers[mode]
     answers = _answers(tracer)
-    # Of values that are read after one node, the inner module's comes first, as in the answers.
-    order = {query: position for position, query in enumerate(answers)}
     features: dict[str, _Feature] = {}
-    for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
+    for query in queries:
         if query in answers:
             features[query] = answers[query]
         elif query == "output":
@@ -982,14 +975,14 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     if query in leaves:
         return "Its call has another name; exact=True gives what it returned."
     for path in leaves.intersection(_prefixes(query)):
-        leaf = type(_submodule(tracer.root, path))
+        leaf = type(operator.attrgetter(path)(tracer.root))
         remedy = f"tracer_kwargs={{'non_leaf_modules': [{_class_path(leaf)}]}} opens it."
         reason = tracer.auto_leaves.get(leaf)
         if reason is not None:
             remedy = f"auto_leaf=True made it a leaf: {reason}"
         return f"It lies inside the leaf module {path!r} ({_class_path(leaf)}); {remedy}"
     if query in tracer.paths:
-        path = tracer.path_of_module(_submodule(tracer.root, query))
+        path = tracer.path_of_module(operator.attrgetter(query)(tracer.root))
         if path != query:
             return f"It is the module {path!r}, whose second call is {path + '_1'!r}."
         return f"It is a module that is not called in {mode} mode, or returns what no graph holds."
@@ -1005,8 +998,9 @@ class _Operation(NamedTuple):
     inputs: Sequence[int] = ()
     writes: Sequence[int] = ()  # the inputs into whose memory it writes
     views: Sequence[int] = ()  # the inputs with which its value may share memory
-    kind: str = ""  # "placeholder", "assert", "get_attr" of state, "constant", or nothing special
-    replaced: bool = False  # whether it should write into its first input, and makes a new value
+    # "placeholder", "assert", "get_attr" of state, "constant", "replaced" where it should write
+    # into its first input and makes a new value, or nothing special.
+    kind: str = ""
 
 
 class _Plan(NamedTuple):
@@ -1017,7 +1011,6 @@ class _Plan(NamedTuple):
     # A value and the position after which it is read -> the first that changes it afterwards.
     overwritten: dict[tuple[int, int], int]
     alone: dict[int, bool]  # whether a value is read once, and shares memory with no other there
-    end: int  # nothing after it runs
 
 
 def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
@@ -1025,13 +1018,32 @@ def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
     reads = collections.defaultdict(set)
     for value, after in features.values():
         reads[after].update(tracer.places_of(_nodes_in(value)))
-    end = max(reads, default=-1)
     stays, missed = _staying(operations, reads)
     for position in stays:
         if operations[position].kind == "constant":  # so that it shows whether it is written into
             reads[position].add(position)
     overwritten, alone = _overwritten(operations, stays, reads)
-    return _Plan(stays, missed, overwritten, alone, end)
+    return _Plan(stays, missed, overwritten, alone)
+
+
+class _Memory:
+    """The values that may share one memory, and the reads of them that nothing has changed."""
+
+    def __init__(self, value: int) -> None:
+        self.values = [value]
+        self.reads: list[tuple[int, int]] = []
+
+
+def _join(memory: list[_Memory], position: int, views: Iterable[int]) -> None:
+    """From now on a value shares memory with others; ``memory`` has the one of each value."""
+    for viewed in views:
+        both = memory[position], memory[viewed]
+        small, large = sorted(both, key=lambda shared: len(shared.values))
+        if small is not large:
+            large.values += small.values
+            large.reads += small.reads
+            for value in small.values:
+                memory[value] = large
 
 
 def _staying(
@@ -1045,28 +1057,32 @@ def _staying(
     is read or one that stays takes it, or if it writes into memory that is read later, that a later
     one which stays takes, or that is state of the model. Placeholders always stay.
     """
-    memory = _joined(operations)
+    memory = list(map(_Memory, range(len(operations))))
+    for position, operation in enumerate(operations):  # whatever stays
+        _join(memory, position, operation.views)
     end = max(reads, default=-1)
     needed: set[int] = set()
-    # The memories that are read later, by id; the next call reads the model's state.
-    live = {
-        id(shared) for shared, operation in zip(memory, operations) if operation.kind == "get_attr"
-    }
+    # The memories that are read later; the next call reads the model's state.
+    live = {shared for shared, operation in zip(memory, operations) if operation.kind == "get_attr"}
+
+    def read(values: Iterable[int]) -> None:
+        needed.update(values)
+        live.update(memory[value] for value in values)
+
     stays = []
     missed: list[int] = []
     for position in reversed(range(len(operations))):
-        inputs, writes, _, kind, replaced = operations[position]
-        read = reads.get(position, ())
-        needed.update(read)
-        live.update(id(memory[taken]) for taken in read)
-        if replaced and position <= end and id(memory[inputs[0]]) in live:
+        inputs, writes, _, kind = operations[position]
+        if position > end and kind != "placeholder":
+            continue
+        read(reads.get(position, ()))
+        if kind == "replaced" and memory[inputs[0]] in live:
             missed.append(position)
-        is_needed = kind == "assert" or position in needed
-        is_live = any(id(memory[written]) in live for written in writes)
-        if kind == "placeholder" or (position <= end and (is_needed or is_live)):
+        is_kept = kind in ("placeholder", "assert")
+        is_live = any(memory[written] in live for written in writes)
+        if is_kept or is_live or position in needed:
             stays.append(position)
-            needed.update(inputs)
-            live.update(id(memory[taken]) for taken in inputs)
+            read(inputs)
     return stays[::-1], missed[::-1]
 
 
@@ -1078,42 +1094,23 @@ def _overwritten(
     An operation changes the values that share the memory into which it writes when it runs. A value
     is alone if an operation made it, it is read once, and there it shares memory with no other.
     """
-    memory = [{position} for position in range(len(operations))]
+    memory = list(map(_Memory, range(len(operations))))
     staying = set(stays)
-    unchanged: set[tuple[int, int]] = set()
     changed: dict[tuple[int, int], int] = {}
     alone: dict[int, bool] = {}
     for position, operation in enumerate(operations):
         if position in staying:
             for written in operation.writes:
-                found = [read for read in unchanged if read[0] in memory[written]]
-                changed.update(dict.fromkeys(found, position))
-                unchanged.difference_update(found)
+                unchanged = memory[written].reads
+                changed.update(dict.fromkeys(unchanged, position))
+                unchanged.clear()
             _join(memory, position, operation.views)
         for taken in reads.get(position, ()):
-            unchanged.add((taken, position))
-            is_first = taken not in alone
+            shared = memory[taken]
+            shared.reads.append((taken, position))
             is_made = bool(operations[taken].inputs)
-            alone[taken] = is_first and is_made and len(memory[taken]) == 1
+            alone[taken] = taken not in alone and is_made and shared.values == [taken]
     return changed, alone
-
-
-def _joined(operations: Sequence[_Operation]) -> list[set[int]]:
-    """For each value all that may share its memory, now or later."""
-    memory = [{position} for position in range(len(operations))]
-    for position, operation in enumerate(operations):
-        _join(memory, position, operation.views)
-    return memory
-
-
-def _join(memory: list[set[int]], position: int, views: Iterable[int]) -> None:
-    """From now on a value shares memory with others; ``memory`` has for each all that share it."""
-    for viewed in views:
-        small, large = sorted((memory[position], memory[viewed]), key=len)
-        if small is not large:
-            large |= small
-            for value in small:
-                memory[value] = large
 
 
 def _cut(
@@ -1142,7 +1139,7 @@ def _cut(
                 clones[node, after] = clone
     staying = set(plan.stays)
     for node in reversed(nodes):
-        if node.op == "output" or places[node] not in staying:
+        if places[node] not in staying:
             graph.erase_node(node)
     values = {}
     for query, (value, after) in features.items():
@@ -1201,21 +1198,21 @@ for _operator in _OPERATORS:
 
 def _operations(tracer: NodePathTracer) -> list[_Operation]:
     """What each node reads, writes and shares, as plain data."""
-    places = tracer.places
     fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node of it
     operations = []
-    for node, place in places.items():
-        written, viewed = _effects(tracer, node)
-        inputs = [places[taken] for taken in node.all_input_nodes]
-        writes = [places[taken] for taken in written]
-        views = [places[taken] for taken in viewed]
-        if node.op == "get_attr":
+    for node, place in tracer.places.items():
+        inputs = tracer.places_of(node.all_input_nodes)
+        writes, views = map(tracer.places_of, _effects(tracer, node))
+        kind = node.op
+        if kind == "get_attr":
             views = [fetched.setdefault(node.target, place)]
-        kind = "assert" if node.target in _ASSERTS else node.op
         if _is_constant(node):
             kind = "constant"
-        replaced = node in tracer.replaced
-        operations.append(_Operation(inputs, writes, views, kind, replaced))
+        elif node.target in _ASSERTS:
+            kind = "assert"
+        elif node in tracer.replaced:
+            kind = "replaced"
+        operations.append(_Operation(inputs, writes, views, kind))
     return operations
 
 
@@ -1231,42 +1228,36 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
     anything, it is believed that it writes if nobody takes its value; if exact, it always writes.
     """
     inputs = node.all_input_nodes
-    opaque = (inputs if tracer.exact or not node.users else [], inputs)
+    opaque = "writes" if tracer.exact or not node.users else "shares"
     if node.op == "call_module":
-        module = _submodule(tracer.root, str(node.target))
-        return _module_effects(module, inputs, tracer.training or tracer.exact, opaque)
-    if node.op in ("call_function", "call_method"):
+        module = operator.attrgetter(str(node.target))(tracer.root)
+        effect = _module_effect(module, tracer.training or tracer.exact, opaque)
+    elif node.op in ("call_function", "call_method"):
         return _function_effects(node, opaque)
-    return [], []
+    else:
+        effect = ""
+    return (inputs if effect == "writes" else []), (inputs if effect else [])
 
 
-def _module_effects(
-    module: nn.Module,
-    inputs: list[fx.Node],
-    training: bool,
-    opaque: tuple[list[fx.Node], list[fx.Node]],
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What the call of a leaf writes and views."""
-    hands_on: tuple[list[fx.Node], list[fx.Node]] = ([], inputs)
-    if getattr(module, "inplace", None) is True:
-        writes = training or not isinstance(module, _DropoutNd)
-        return (inputs, inputs) if writes else hands_on
+def _module_effect(module: nn.Module, training: bool, opaque: str) -> str:
+    """Whether the call of a leaf "writes" into its inputs, "shares" their memory, or neither."""
+    is_in_place = getattr(module, "inplace", None) is True
+    if is_in_place and (training or not isinstance(module, _DropoutNd)):
+        return "writes"
     if getattr(type(module), "forward", None) is nn.Sequential.forward:
-        parts = (_module_effects(part, inputs, training, opaque) for part in module.children())
+        parts = (_module_effect(part, training, opaque) for part in module.children())
         # The first part that does not just hand on its input decides.
-        return next((effects for effects in parts if effects != hands_on), hands_on)
-    package = type(module).__module__
+        return next((effect for effect in parts if effect != "shares"), "shares")
+    package = f"{type(module).__module__}."
     if package.startswith("torch.nn.") and not isinstance(module, _VIEW_MODULES):
-        return [], []
-    if package.split(".")[0] in ("torch", "torchvision"):
-        return hands_on
+        return ""
+    if package.startswith(("torch.", "torchvision.")):
+        return "shares"
     in_place = [getattr(part, "inplace", None) is True for part in module.modules()]
-    return (inputs, inputs) if any(in_place) else opaque
+    return "writes" if any(in_place) else opaque
 
 
-def _function_effects(
-    node: fx.Node, opaque: tuple[list[fx.Node], list[fx.Node]]
-) -> tuple[list[fx.Node], list[fx.Node]]:
+def _function_effects(node: fx.Node, opaque: str) -> tuple[list[fx.Node], list[fx.Node]]:
     """What the call of a function or method writes and views."""
     inputs = node.all_input_nodes
     first = _nodes_in(node.args[:1]) or inputs
@@ -1274,26 +1265,24 @@ def _function_effects(
     name = _name(target)
     # Of what is built into torch the module is None; methods are a tensor's.
     library = str(getattr(target, "__module__", None) or "torch").split(".")[0]
-    if target in (*_ASSERTS, _clone):
-        return [], []
-    if name == "getattr" and node.args[1] == "shape":
+    is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
+    if target in (*_ASSERTS, _clone) or (target is getattr and node.args[1] == "shape"):
         return [], []
     if "out" in node.kwargs:
         written = _nodes_in(node.kwargs["out"])
         return written, written
-    is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
     if is_unknown or target is setattr:  # such as a dict's update; what is put in is shared
         return first, inputs
-    if library == "_operator" and name not in (*_VIEW_FUNCTIONS, *_WRITING):
-        return [], []  # the underscore of and_ and or_ means nothing
     if _is_in_place(node):
         return first, first
     if library not in ("torch", "_operator", "math", "builtins"):
-        return opaque
+        return (inputs if opaque == "writes" else []), inputs
     if name in _VIEW_FUNCTIONS:
         return [], inputs
+    if library == "_operator":
+        return [], []
     writes, views = _declared(getattr(target, "_qualified_op_name", f"aten::{name}"))
-    return (inputs if writes else [], first if views else [])
+    return (inputs if writes else []), (first if views else [])
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -1302,8 +1291,9 @@ def _is_in_place(node: fx.Node) -> bool:
     code = getattr(node.target, "__code__", None)
     parameters = getattr(code, "co_varnames", ())
     arguments = {**dict(zip(parameters, node.args)), **node.kwargs}
-    is_named_so = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
-    return is_named_so or arguments.get("inplace") is True
+    # The underscore of operator.and_ means nothing.
+    ends_so = re.search("[^_]_$", name) and not hasattr(operator, name)
+    return name in _WRITING or bool(ends_so) or arguments.get("inplace") is True
 
 
 def _name(target: Any) -> str:
@@ -1313,23 +1303,16 @@ def _name(target: Any) -> str:
 
 @functools.lru_cache(maxsize=None)
 def _declared(operator_name: str) -> tuple[bool, bool]:
-    """Whether an operator writes into tensors, and whether it may return a view of one."""
+    """Whether an operator writes into tensors, and whether it may return a view of one.
+
+    A schema such as ``aten::relu_(Tensor(a!) self) -> Tensor(a!)`` marks what is written with "!".
+    """
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
-    found = []
-    for schema in schemas:
-        for argument in schema.arguments:
-            alias = argument.alias_info
-            # Of "Tensor[](a!) self" the list itself is written to; out= is looked at by name.
-            is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]")
-            if alias is not None and is_tensor and not argument.kwarg_only:
-                found.append(alias.is_write)
-    return any(found), bool(found) or not schemas
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        root = root._modules[name]  # type: ignore[assignment]
-    return root
+    # What follows "*" is given by keyword; out= is looked at by name.
+    arguments = [re.split(r"\*,|\) -> ", str(schema))[0] for schema in schemas]
+    # Of "Tensor[](a!) self" the list itself is written to.
+    marks = re.findall(r"[( ]Tensor\(\w+(!?)", "".join(arguments))
+    return "!" in marks, bool(marks) or not schemas
 
 
 def _nodes_in(arguments: Any) -> list[fx.Node]:
@@ -1352,8 +1335,9 @@ def _find_flaws(
     for mode, tracer in tracers.items():
         for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
             flaws[query][text] = None
+        last = max(plans[mode].stays, default=-1)
         for kind, (position, text) in tracer.losses.items():
-            if position <= plans[mode].end:
+            if position <= last:
                 losses.setdefault(kind, text)
         for position in plans[mode].missed:
             operation = _described(tracer, list(tracer.places)[position])
@@ -1413,21 +1397,22 @@ def _warn_flaws(flaws: Iterable[str]) -> None:
 
 def _run_alike(tracers: dict[str, NodePathTracer]) -> bool:
     """Whether after the cut both modes run nodes of the same names."""
-    train, evaluation = tracers.values()
-    names = map(train.node_to_qualname.get, train.graph.nodes)
-    others = map(evaluation.node_to_qualname.get, evaluation.graph.nodes)
-    return list(names) == list(others)
+    names = []
+    for tracer in tracers.values():
+        names.append([tracer.node_to_qualname.get(node) for node in tracer.graph.nodes])
+    return names[0] == names[1]
 
 
 def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
     """Warn if the two modes have different names, and say which."""
-    names = {"train": train_tracer.names, "eval": eval_tracer.names}
-    if names["train"] == names["eval"]:
+    train, evaluation = train_tracer.names, eval_tracer.names
+    if train == evaluation:
         return
     said = []
-    for mode, other in (("train", "eval"), ("eval", "train")):
-        others = set(names[other])
-        only = ", ".join(name for name in names[mode] if name not in others)
+    train_only = "train", train, set(evaluation)
+    eval_only = "eval", evaluation, set(train)
+    for mode, names, others in (train_only, eval_only):
+        only = ", ".join(name for name in names if name not in others)
         if only:
             said.append(f"only in {mode} mode: {textwrap.shorten(only, 200, placeholder=' …')}")
     difference = "; ".join(said) or "the order of the nodes"
@@ -1628,7 +1613,7 @@ def _attribute(source: str, name: str) -> str:
 
 def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
     """A ``forward`` that picks the method of the mode; graph and code are those of one."""
-    head = next(filter(re.compile("def ").match, code.src.splitlines()))
+    head = re.findall("^def .*", code.src, re.MULTILINE)[0]
     arguments = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     call = ", ".join(arguments)
     source = f"""{head}
@@ -1661,15 +1646,20 @@ class _Reference(str):
     """Stands in a packed graph for the node of this name, or for what torch has under it."""
 
 
-def _pack(graph: fx.Graph) -> tuple[Any, ...]:
-    """A graph as plain data that can be copied and pickled."""
+class _Packed(tuple):  # type: ignore[type-arg]
+    """A graph as plain data that can be pickled; copies share it, since nothing changes it."""
+
+    def __deepcopy__(self, memo: Any) -> _Packed:
+        return self
+
+
+def _pack(graph: fx.Graph) -> _Packed:
     nodes = []
     for node in graph.nodes:
         arguments = map_arg((node.args, node.kwargs), _reference)
         target = _packed_target(node.target)
-        packed = (node.op, target, arguments, node.name, node.type, node.meta)
-        nodes.append(packed)
-    return tuple(nodes)
+        nodes.append((node.op, target, arguments, node.name, node.type, node.meta))
+    return _Packed(nodes)
 
 
 def _reference(node: fx.Node) -> _Reference:
@@ -1685,7 +1675,7 @@ def _packed_target(target: Any) -> Any:
     return target
 
 
-def _unpack(packed: tuple[Any, ...]) -> fx.Graph:
+def _unpack(packed: _Packed) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
 
