@@ -35,7 +35,7 @@ How the parts call each other::
       _queries_by_mode    what is asked for: query -> key
       _trace_both         for each mode a NodePathTracer: the graph, names, losses
       _find_features      query -> the value that is meant, and where in the graph it is read
-      _make_plan          in positions alone: what stays, and which reads are overwritten
+      _make_plan          what stays, and which reads are overwritten
       _find_flaws         what the caller is told
       _cut                edits the graph
       DualGraphModule     one module of the two graphs
@@ -993,35 +993,35 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
 
 
 class _Operation(NamedTuple):
-    """What pruning knows of a node; other nodes are given by their positions."""
+    """What pruning knows of a node. For it a node is a key, and might as well be a number."""
 
-    inputs: Sequence[int] = ()
-    writes: Sequence[int] = ()  # the inputs into whose memory it writes
-    views: Sequence[int] = ()  # the inputs with which its value may share memory
+    inputs: Sequence[fx.Node] = ()
+    writes: Sequence[fx.Node] = ()  # the inputs into whose memory it writes
+    views: Sequence[fx.Node] = ()  # the inputs with which its value may share memory
     # "placeholder", "assert", "get_attr" of state, "constant", "replaced" where it should write
     # into its first input and makes a new value, or nothing special.
     kind: str = ""
 
 
 class _Plan(NamedTuple):
-    """What becomes of a graph, in positions."""
+    """What becomes of a graph."""
 
-    stays: list[int]
-    missed: list[int]  # the operators in place that were replaced, though their write is read
+    stays: set[fx.Node]
+    missed: fx.Node | None  # the first replaced operator in place whose write is read
     # A value and the position after which it is read -> the first that changes it afterwards.
-    overwritten: dict[tuple[int, int], int]
-    alone: dict[int, bool]  # whether a value is read once, and shares memory with no other there
+    overwritten: dict[tuple[fx.Node, int], fx.Node]
+    alone: dict[fx.Node, bool]  # whether it is read once, and shares memory with no other there
 
 
 def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
     operations = _operations(tracer)
     reads = collections.defaultdict(set)
     for value, after in features.values():
-        reads[after].update(tracer.places_of(_nodes_in(value)))
+        reads[after].update(_nodes_in(value))
     stays, missed = _staying(operations, reads)
-    for position in stays:
-        if operations[position].kind == "constant":  # so that it shows whether it is written into
-            reads[position].add(position)
+    for node in stays:
+        if operations[node].kind == "constant":  # so that it shows whether it is written into
+            reads[tracer.places[node]].add(node)
     overwritten, alone = _overwritten(operations, stays, reads)
     return _Plan(stays, missed, overwritten, alone)
 
@@ -1029,87 +1029,87 @@ def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
 class _Memory:
     """The values that may share one memory, and the reads of them that nothing has changed."""
 
-    def __init__(self, value: int) -> None:
+    def __init__(self, value: fx.Node) -> None:
         self.values = [value]
-        self.reads: list[tuple[int, int]] = []
+        self.reads: list[tuple[fx.Node, int]] = []
 
 
-def _join(memory: list[_Memory], position: int, views: Iterable[int]) -> None:
+def _join(memory: dict[fx.Node, _Memory], node: fx.Node, views: Iterable[fx.Node]) -> None:
     """From now on a value shares memory with others; ``memory`` has the one of each value."""
     for viewed in views:
-        both = memory[position], memory[viewed]
+        both = memory[node], memory[viewed]
         small, large = sorted(both, key=lambda shared: len(shared.values))
         if small is not large:
             large.values += small.values
             large.reads += small.reads
-            for value in small.values:
-                memory[value] = large
+            memory.update(dict.fromkeys(small.values, large))
 
 
 def _staying(
-    operations: Sequence[_Operation], reads: Mapping[int, Iterable[int]]
-) -> tuple[list[int], list[int]]:
-    """The positions of the operations that must run, and of replaced ones whose write is missed.
+    operations: Mapping[fx.Node, _Operation], reads: Mapping[int, Iterable[fx.Node]]
+) -> tuple[set[fx.Node], fx.Node | None]:
+    """The operations that must run, and the first of the replaced ones whose write is missed.
 
-    ``reads`` has the positions of the values that are asked for, by the position after which each
-    is read: an operation may write into a value that came before.
+    ``reads`` has the values that are asked for, by the position after which each is read: an
+    operation may write into a value that came before.
     Nothing after the last read runs. Before it, an operation stays if it is an assert, if its value
     is read or one that stays takes it, or if it writes into memory that is read later, that a later
     one which stays takes, or that is state of the model. Placeholders always stay.
     """
-    memory = list(map(_Memory, range(len(operations))))
-    for position, operation in enumerate(operations):  # whatever stays
-        _join(memory, position, operation.views)
+    memory = {node: _Memory(node) for node in operations}
+    for node, operation in operations.items():  # whatever stays
+        _join(memory, node, operation.views)
     end = max(reads, default=-1)
-    needed: set[int] = set()
+    needed: set[fx.Node] = set()
     # The memories that are read later; the next call reads the model's state.
-    live = {shared for shared, operation in zip(memory, operations) if operation.kind == "get_attr"}
+    live = {memory[node] for node in operations if operations[node].kind == "get_attr"}
 
-    def read(values: Iterable[int]) -> None:
+    def read(values: Iterable[fx.Node]) -> None:
         needed.update(values)
         live.update(memory[value] for value in values)
 
-    stays = []
-    missed: list[int] = []
-    for position in reversed(range(len(operations))):
-        inputs, writes, _, kind = operations[position]
+    stays = set()
+    missed = None
+    for position, node in reversed([*enumerate(operations)]):
+        inputs, writes, _, kind = operations[node]
         if position > end and kind != "placeholder":
             continue
         read(reads.get(position, ()))
         if kind == "replaced" and memory[inputs[0]] in live:
-            missed.append(position)
+            missed = node
         is_kept = kind in ("placeholder", "assert")
         is_live = any(memory[written] in live for written in writes)
-        if is_kept or is_live or position in needed:
-            stays.append(position)
+        if is_kept or is_live or node in needed:
+            stays.add(node)
             read(inputs)
-    return stays[::-1], missed[::-1]
+    return stays, missed
 
 
 def _overwritten(
-    operations: Sequence[_Operation], stays: Iterable[int], reads: Mapping[int, Iterable[int]]
-) -> tuple[dict[tuple[int, int], int], dict[int, bool]]:
+    operations: Mapping[fx.Node, _Operation],
+    stays: set[fx.Node],
+    reads: Mapping[int, Iterable[fx.Node]],
+) -> tuple[dict[tuple[fx.Node, int], fx.Node], dict[fx.Node, bool]]:
     """The reads of values that change later, with what changes each first; which values are alone.
 
     An operation changes the values that share the memory into which it writes when it runs. A value
     is alone if an operation made it, it is read once, and there it shares memory with no other.
     """
-    memory = list(map(_Memory, range(len(operations))))
-    staying = set(stays)
-    changed: dict[tuple[int, int], int] = {}
-    alone: dict[int, bool] = {}
-    for position, operation in enumerate(operations):
-        if position in staying:
+    memory = {node: _Memory(node) for node in operations}
+    changed: dict[tuple[fx.Node, int], fx.Node] = {}
+    alone: dict[fx.Node, bool] = {}
+    for position, (node, operation) in enumerate(operations.items()):
+        if node in stays:
             for written in operation.writes:
                 unchanged = memory[written].reads
-                changed.update(dict.fromkeys(unchanged, position))
+                changed.update(dict.fromkeys(unchanged, node))
                 unchanged.clear()
-            _join(memory, position, operation.views)
-        for taken in reads.get(position, ()):
-            shared = memory[taken]
-            shared.reads.append((taken, position))
-            is_made = bool(operations[taken].inputs)
-            alone[taken] = taken not in alone and is_made and shared.values == [taken]
+            _join(memory, node, operation.views)
+        for value in reads.get(position, ()):
+            shared = memory[value]
+            shared.reads.append((value, position))
+            is_made = bool(operations[value].inputs)
+            alone[value] = value not in alone and is_made and shared.values == [value]
     return changed, alone
 
 
@@ -1122,28 +1122,27 @@ def _cut(
     overwritten later is cloned before.
     """
     graph = tracer.graph
-    places = tracer.places
-    nodes = list(places)
+    nodes = list(graph.nodes)
     clones: dict[tuple[fx.Node, int], fx.Node] = {}
     renewed = set()
-    for position, after in plan.overwritten:
-        node = nodes[position]
+    # The functions that loops make are called at once.
+    for node, after in plan.overwritten:
         if _is_constant(node):
             renewed.add(node.target)
         elif tracer.exact:
             clone = _clone_after(node, nodes[after])
-            if plan.alone[position]:  # so gradients of what comes later reach the feature
-                later = set(nodes[after + 1 :])
-                node.replace_all_uses_with(clone, later.__contains__)
+            if plan.alone[node]:  # so gradients of what comes later reach the feature
+                node.replace_all_uses_with(
+                    clone,
+                    lambda user: tracer.places.get(user, 0) > after,  # noqa: B023
+                )
             else:
                 clones[node, after] = clone
-    staying = set(plan.stays)
-    for node in reversed(nodes):
-        if places[node] not in staying:
+    for node in nodes[::-1]:
+        if node not in plan.stays:
             graph.erase_node(node)
     values = {}
     for query, (value, after) in features.items():
-        # Called at once, for each node in the value.
         values[keys[query]] = map_arg(value, lambda node: clones.get((node, after), node))  # noqa: B023
     graph.output(values)
     for target in renewed:
@@ -1196,23 +1195,22 @@ for _operator in _OPERATORS:
     _WRITING.update((f"i{_operator}", f"__i{_operator}__"))
 
 
-def _operations(tracer: NodePathTracer) -> list[_Operation]:
-    """What each node reads, writes and shares, as plain data."""
-    fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node of it
-    operations = []
-    for node, place in tracer.places.items():
-        inputs = tracer.places_of(node.all_input_nodes)
-        writes, views = map(tracer.places_of, _effects(tracer, node))
+def _operations(tracer: NodePathTracer) -> dict[fx.Node, _Operation]:
+    """What each node reads, writes and shares."""
+    fetched: dict[Any, fx.Node] = {}  # the path of a parameter or buffer -> the first node of it
+    operations = {}
+    for node in tracer.places:
         kind = node.op
+        writes, views = _effects(tracer, node)
         if kind == "get_attr":
-            views = [fetched.setdefault(node.target, place)]
+            views = [fetched.setdefault(node.target, node)]
         if _is_constant(node):
             kind = "constant"
         elif node.target in _ASSERTS:
             kind = "assert"
         elif node in tracer.replaced:
             kind = "replaced"
-        operations.append(_Operation(inputs, writes, views, kind))
+        operations[node] = _Operation(node.all_input_nodes, writes, views, kind)
     return operations
 
 
@@ -1335,15 +1333,14 @@ def _find_flaws(
     for mode, tracer in tracers.items():
         for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
             flaws[query][text] = None
-        last = max(plans[mode].stays, default=-1)
+        last = max(tracer.places_of(plans[mode].stays), default=-1)
         for kind, (position, text) in tracer.losses.items():
             if position <= last:
                 losses.setdefault(kind, text)
-        for position in plans[mode].missed:
-            operation = _described(tracer, list(tracer.places)[position])
-            losses.setdefault(
-                _NOT_IN_PLACE, f"{operation} {_NOT_IN_PLACE}; exact=True works in place"
-            )
+        node = plans[mode].missed
+        if node is not None:
+            text = f"{_described(tracer, node)} {_NOT_IN_PLACE}; exact=True works in place"
+            losses.setdefault(_NOT_IN_PLACE, text)
     own = "exact=True gives its own value, or an error"
     texts = [f"the feature {query!r} {', and '.join(flaws[query])}; {own}" for query in flaws]
     return [*texts, *losses.values()]
@@ -1355,15 +1352,14 @@ def _feature_flaws(
     """Each query whose value is not what it says, and why; none if the tracer is exact."""
     if tracer.exact:
         return
-    nodes = list(tracer.places)
     for query, feature in features.items():
         if _is_misleading(tracer, query, feature):
             really = _described(tracer, feature.value, query)
             yield query, f"is the value of {really}, not what the module {query!r} returns"
-        for place in tracer.places_of(_nodes_in(feature.value)):
-            writer = plan.overwritten.get((place, feature.after))
+        for node in _nodes_in(feature.value):
+            writer = plan.overwritten.get((node, feature.after))
             if writer is not None:
-                yield query, f"is overwritten in place by {_described(tracer, nodes[writer])}"
+                yield query, f"is overwritten in place by {_described(tracer, writer)}"
                 break
 
 
