@@ -465,10 +465,6 @@ class NodePathTracer(LeafModuleAwareTracer):
         """Node -> its position in the graph, as it was traced."""
         return {node: position for position, node in enumerate(self.graph.nodes)}
 
-    def places_of(self, nodes: Iterable[fx.Node]) -> list[int]:
-        """The positions of nodes."""
-        return [self.places[node] for node in nodes]
-
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
         self.root = root if isinstance(root, nn.Module) else nn.Module()
@@ -898,10 +894,9 @@ def _as_mapping(queries: Any) -> dict[str, str]:
     if not is_iterable:
         kind = type(queries).__name__
         raise TypeError(f"return_nodes takes a dict, a list of queries or one query, not a {kind}")
-    if isinstance(queries, Mapping):
-        mapping = {str(query): str(key) for query, key in queries.items()}
-    else:
-        mapping = {str(query): str(query) for query in queries}
+    if not isinstance(queries, Mapping):
+        queries = {str(query): query for query in queries}
+    mapping = {str(query): str(key) for query, key in queries.items()}
     owners: dict[str, str] = {}
     for query, key in mapping.items():
         owner = owners.setdefault(key, query)
@@ -932,8 +927,7 @@ def _find_features(
 
 def _answers(tracer: NodePathTracer) -> dict[str, _Feature]:
     """All queries that have a value, and their values."""
-    nodes = list(tracer.node_to_qualname)
-    features = list(map(_Feature, nodes, tracer.places_of(nodes)))
+    features = [_Feature(node, tracer.places[node]) for node in tracer.node_to_qualname]
     if tracer.exact:
         return {**dict(zip(tracer.names, features)), **tracer.returned}
     selected = _select(tracer.names)
@@ -1180,7 +1174,6 @@ def _clone_nested(value: Any) -> Any:
 
 # ---- effects
 
-_ASSERTS = (torch._assert, _assert_is_none)
 # What can return its input, or a view of it, though torch's schemas do not say so.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
@@ -1206,7 +1199,7 @@ def _operations(tracer: NodePathTracer) -> dict[fx.Node, _Operation]:
             views = [fetched.setdefault(node.target, node)]
         if _is_constant(node):
             kind = "constant"
-        elif node.target in _ASSERTS:
+        elif node.target in (torch._assert, _assert_is_none):
             kind = "assert"
         elif node in tracer.replaced:
             kind = "replaced"
@@ -1226,37 +1219,42 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
     anything, it is believed that it writes if nobody takes its value; if exact, it always writes.
     """
     inputs = node.all_input_nodes
-    opaque = "writes" if tracer.exact or not node.users else "shares"
+    effects: tuple[list[fx.Node], list[fx.Node]] | None = [], []
     if node.op == "call_module":
         module = operator.attrgetter(str(node.target))(tracer.root)
-        effect = _module_effect(module, tracer.training or tracer.exact, opaque)
+        effects = _module_effects(module, inputs, tracer.training or tracer.exact)
     elif node.op in ("call_function", "call_method"):
-        return _function_effects(node, opaque)
-    else:
-        effect = ""
-    return (inputs if effect == "writes" else []), (inputs if effect else [])
+        effects = _function_effects(node)
+    if effects is None:
+        may_write = tracer.exact or not node.users
+        return (inputs if may_write else []), inputs
+    return effects
 
 
-def _module_effect(module: nn.Module, training: bool, opaque: str) -> str:
-    """Whether the call of a leaf "writes" into its inputs, "shares" their memory, or neither."""
+def _module_effects(
+    module: nn.Module, inputs: list[fx.Node], training: bool
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What the call of a leaf writes and views, if somebody says it."""
+    writes = inputs, inputs
+    hands_on: tuple[list[fx.Node], list[fx.Node]] = [], inputs
     is_in_place = getattr(module, "inplace", None) is True
     if is_in_place and (training or not isinstance(module, _DropoutNd)):
-        return "writes"
+        return writes
     if getattr(type(module), "forward", None) is nn.Sequential.forward:
-        parts = (_module_effect(part, training, opaque) for part in module.children())
+        parts = (_module_effects(part, inputs, training) for part in module.children())
         # The first part that does not just hand on its input decides.
-        return next((effect for effect in parts if effect != "shares"), "shares")
+        return next((effects for effects in parts if effects != hands_on), hands_on)
     package = f"{type(module).__module__}."
     if package.startswith("torch.nn.") and not isinstance(module, _VIEW_MODULES):
-        return ""
+        return [], []
     if package.startswith(("torch.", "torchvision.")):
-        return "shares"
+        return hands_on
     in_place = [getattr(part, "inplace", None) is True for part in module.modules()]
-    return "writes" if any(in_place) else opaque
+    return writes if any(in_place) else None
 
 
-def _function_effects(node: fx.Node, opaque: str) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What the call of a function or method writes and views."""
+def _function_effects(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What the call of a function or method writes and views, if somebody says it."""
     inputs = node.all_input_nodes
     first = _nodes_in(node.args[:1]) or inputs
     target: Any = getattr(node.target, "overloadpacket", node.target)
@@ -1264,7 +1262,7 @@ def _function_effects(node: fx.Node, opaque: str) -> tuple[list[fx.Node], list[f
     # Of what is built into torch the module is None; methods are a tensor's.
     library = str(getattr(target, "__module__", None) or "torch").split(".")[0]
     is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
-    if target in (*_ASSERTS, _clone) or (target is getattr and node.args[1] == "shape"):
+    if target is getattr and node.args[1] == "shape":
         return [], []
     if "out" in node.kwargs:
         written = _nodes_in(node.kwargs["out"])
@@ -1274,7 +1272,7 @@ def _function_effects(node: fx.Node, opaque: str) -> tuple[list[fx.Node], list[f
     if _is_in_place(node):
         return first, first
     if library not in ("torch", "_operator", "math", "builtins"):
-        return (inputs if opaque == "writes" else []), inputs
+        return None
     if name in _VIEW_FUNCTIONS:
         return [], inputs
     if library == "_operator":
@@ -1333,7 +1331,7 @@ def _find_flaws(
     for mode, tracer in tracers.items():
         for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
             flaws[query][text] = None
-        last = max(tracer.places_of(plans[mode].stays), default=-1)
+        last = max((feature.after for feature in features[mode].values()), default=-1)
         for kind, (position, text) in tracer.losses.items():
             if position <= last:
                 losses.setdefault(kind, text)
@@ -1652,14 +1650,10 @@ class _Packed(tuple):  # type: ignore[type-arg]
 def _pack(graph: fx.Graph) -> _Packed:
     nodes = []
     for node in graph.nodes:
-        arguments = map_arg((node.args, node.kwargs), _reference)
+        arguments = map_arg((node.args, node.kwargs), lambda taken: _Reference(taken.name))
         target = _packed_target(node.target)
         nodes.append((node.op, target, arguments, node.name, node.type, node.meta))
     return _Packed(nodes)
-
-
-def _reference(node: fx.Node) -> _Reference:
-    return _Reference(node.name)
 
 
 def _packed_target(target: Any) -> Any:
@@ -1701,9 +1695,9 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        kind = type(model).__name__
         raise TypeError(
-            f"{kind} holds compiled code: hand in the module that it was made from (_orig_mod)"
+            f"{type(model).__name__} holds compiled code:"
+            " hand in the module that it was made from (_orig_mod)"
         )
     same_numbers = torch.random.fork_rng(devices=[])
     with _tracing, same_numbers, contextlib.ExitStack() as undo:
@@ -1745,7 +1739,7 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
             if before:  # most are empty
                 container.update(before)
             if len(container) > len(before):
-                for name in [name for name in container if name not in before]:
+                for name in container.keys() - before:
                     if not isinstance(container[name], keep):
                         del container[name]
 
