@@ -35,7 +35,7 @@ How the parts call each other::
       _queries_by_mode    what is asked for: query -> key
       _trace_both         for each mode a NodePathTracer: the graph, names, losses
       _find_features      query -> the value that is meant, and where in the graph it is read
-      _make_plan          in positions alone: what stays, and which reads are overwritten
+      _make_plan          what stays, and which reads are overwritten
       _find_flaws         what the caller is told
       _cut                edits the graph
       DualGraphModule     one module of the two graphs
@@ -53,6 +53,7 @@ import collections
 import contextlib
 import copy
 import difflib
+import dis
 import functools
 import importlib
 import inspect
@@ -382,6 +383,7 @@ class _Recording:
 
     tracer: Any
     _value: Any
+    __getitem__: Callable[..., Any]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, fx.Proxy):  # of x[i] += y the operator needs no memory of its own
@@ -395,6 +397,14 @@ class _Recording:
             if self.tracer.evaluate("call_function", getattr, (self, name), {}) is None:
                 return None
         return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        # As torch.fx's, which holds all that its caller holds until garbage is collected.
+        caller = sys._getframe(1)
+        operation, count = caller.f_code.co_code[caller.f_lasti :][:2]
+        if dis.opname[operation] == "UNPACK_SEQUENCE":  # a, b = x
+            return iter([self[position] for position in range(count)])
+        return self.tracer.iter(self)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return self.tracer.answer(self, len)  # type: ignore[no-any-return]
@@ -824,10 +834,6 @@ class NodePathTracer(_AnsweringTracer):
         """Node -> its position in the graph, as it was traced."""
         return {node: position for position, node in enumerate(self.graph.nodes)}
 
-    def places_of(self, nodes: Iterable[fx.Node]) -> list[int]:
-        """The positions of nodes."""
-        return [self.places[node] for node in nodes]
-
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
         self.root = root if isinstance(root, nn.Module) else nn.Module()
@@ -1041,19 +1047,14 @@ class NodePathTracer(_AnsweringTracer):
         other.training = not self.training
         other.graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        value = other.graph.graph_copy(self.graph, copies)
-        other.graph.output(value)
-
-        def copied(node: fx.Node) -> fx.Node:
-            return copies[node]
-
-        names = self.node_to_qualname.items()
-        other.node_to_qualname = {copies[node]: name for node, name in names}
-        other.returned = {
-            query: _Feature(map_arg(value, copied), after)
-            for query, (value, after) in self.returned.items()
+        other.graph.output(other.graph.graph_copy(self.graph, copies))
+        other.node_to_qualname = {
+            copies[node]: name for node, name in self.node_to_qualname.items()
         }
-        other.replaced = set(map(copied, self.replaced))
+        other.replaced = {copies[node] for node in self.replaced}
+        other.returned = {}
+        for query, (value, after) in self.returned.items():
+            other.returned[query] = _Feature(map_arg(value, copies.__getitem__), after)
         return other
 
     def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
@@ -1293,7 +1294,7 @@ def _untraceable(model: nn.Module, error: Exception, arguments: dict[str, Any]) 
 def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a module that has something inside can be traced."""
     with contextlib.suppress(Exception):
-        NodePathTracer(**arguments).trace(model)
+        NodePathTracer(**{**arguments, "example_inputs": None}).trace(model)
         return any(model.children())
     return False
 
@@ -1336,7 +1337,7 @@ def _model_line(frames: Iterable[tuple[Any, int]]) -> tuple[str, int, str, str]:
     """The first line outside of torch and this file: its file, number, function and text."""
     for frame, line in frames:
         module = frame.f_globals.get("__name__", "")
-        if module != __name__ and not module.startswith("torch."):
+        if module != __name__ and module.split(".")[0] != "torch":
             path = frame.f_code.co_filename
             return path, line, frame.f_code.co_name, linecache.getline(path, line).strip()
     return "", 0, "", ""
@@ -1364,10 +1365,7 @@ class _Namer:
         # Stem -> the number after the most recently given form.
         self._next_number = dict.fromkeys(self._uncalled, 1)
         # A name that is given out -> the number to try where it would be repeated.
-        self._retry = {}
-        for path in self._uncalled:
-            _, number = _split_number(path)
-            self._retry[path] = (number or 0) + 1
+        self._retry = {path: _split_number(path)[1] + 1 for path in self._uncalled}
 
     def name(self, scope: str, own: str | None = None) -> str:
         """The name of the next node.
@@ -1394,20 +1392,18 @@ class _Namer:
         self._retry[first] = number + 1  # so that the next search begins where this one ends
         # A name counts as a form of itself and, if it ends in a number, of what is before.
         self._next_number[name] = 1
-        self._retry[name] = 1
         head, last = _split_number(name)
-        if last is not None:
-            self._next_number[head] = last + 1
-            self._retry[name] = last + 1
+        self._next_number[head] = last + 1
+        self._retry[name] = last + 1
         return name
 
 
-def _split_number(name: str) -> tuple[str, int | None]:
-    """``"relu_12"`` -> ``("relu", 12)``; without such an ending ``(name, None)``."""
+def _split_number(name: str) -> tuple[str, int]:
+    """``"relu_12"`` -> ``("relu", 12)``; without such an ending ``(name, 0)``."""
     head, _, digits = name.rpartition("_")
     if head and digits.isascii() and digits.isdigit():
         return head, int(digits)
-    return name, None
+    return name, 0
 
 
 # ---- selection
@@ -1432,10 +1428,9 @@ def _as_mapping(queries: Any) -> dict[str, str]:
     if not is_iterable:
         kind = type(queries).__name__
         raise TypeError(f"return_nodes takes a dict, a list of queries or one query, not a {kind}")
-    if isinstance(queries, Mapping):
-        mapping = {str(query): str(key) for query, key in queries.items()}
-    else:
-        mapping = {str(query): str(query) for query in queries}
+    if not isinstance(queries, Mapping):
+        queries = {str(query): query for query in queries}
+    mapping = {str(query): str(key) for query, key in queries.items()}
     owners: dict[str, str] = {}
     for query, key in mapping.items():
         owner = owners.setdefault(key, query)
@@ -1450,10 +1445,8 @@ def _find_features(
     """The value of each query, in execution order."""
     tracer = tracers[mode]
     answers = _answers(tracer)
-    # Of values that are read after one node, the inner module's comes first, as in the answers.
-    order = {query: position for position, query in enumerate(answers)}
     features: dict[str, _Feature] = {}
-    for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
+    for query in queries:
         if query in answers:
             features[query] = answers[query]
         elif query == "output" or tracer.error:
@@ -1468,8 +1461,7 @@ def _find_features(
 
 def _answers(tracer: NodePathTracer) -> dict[str, _Feature]:
     """All queries that have a value, and their values."""
-    nodes = list(tracer.node_to_qualname)
-    features = list(map(_Feature, nodes, tracer.places_of(nodes)))
+    features = [_Feature(node, tracer.places[node]) for node in tracer.node_to_qualname]
     if tracer.exact:
         return {**dict(zip(tracer.names, features)), **tracer.returned}
     selected = _select(tracer.names)
@@ -1511,14 +1503,14 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     if query in leaves:
         return "Its call has another name; exact=True gives what it returned."
     for path in leaves.intersection(_prefixes(query)):
-        leaf = type(_submodule(tracer.root, path))
+        leaf = type(operator.attrgetter(path)(tracer.root))
         remedy = f"tracer_kwargs={{'non_leaf_modules': [{_class_path(leaf)}]}} opens it."
         reason = tracer.auto_leaves.get(leaf)
         if reason is not None:
             remedy = f"auto_leaf=True made it a leaf: {reason}"
         return f"It lies inside the leaf module {path!r} ({_class_path(leaf)}); {remedy}"
     if query in tracer.paths:
-        path = tracer.path_of_module(_submodule(tracer.root, query))
+        path = tracer.path_of_module(operator.attrgetter(query)(tracer.root))
         if path != query:
             return f"It is the module {path!r}, whose second call is {path + '_1'!r}."
         return f"It is a module that is not called in {mode} mode, or returns what no graph holds."
@@ -1529,120 +1521,124 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
 
 
 class _Operation(NamedTuple):
-    """What pruning knows of a node; other nodes are given by their positions."""
+    """What pruning knows of a node. For it a node is a key, and might as well be a number."""
 
-    inputs: Sequence[int] = ()
-    writes: Sequence[int] = ()  # the inputs into whose memory it writes
-    views: Sequence[int] = ()  # the inputs with which its value may share memory
-    kind: str = ""  # "placeholder", "assert", "get_attr" of state, "constant", or nothing special
-    replaced: bool = False  # whether it should write into its first input, and makes a new value
+    inputs: Sequence[fx.Node] = ()
+    writes: Sequence[fx.Node] = ()  # the inputs into whose memory it writes
+    views: Sequence[fx.Node] = ()  # the inputs with which its value may share memory
+    # "placeholder", "assert", "get_attr" of state, "constant", "replaced" where it should write
+    # into its first input and makes a new value, or nothing special.
+    kind: str = ""
 
 
 class _Plan(NamedTuple):
-    """What becomes of a graph, in positions."""
+    """What becomes of a graph."""
 
-    stays: list[int]
-    missed: list[int]  # the operators in place that were replaced, though their write is read
+    stays: set[fx.Node]
+    missed: fx.Node | None  # the first replaced operator in place whose write is read
     # A value and the position after which it is read -> the first that changes it afterwards.
-    overwritten: dict[tuple[int, int], int]
-    alone: dict[int, bool]  # whether a value is read once, and shares memory with no other there
-    end: int  # nothing after it runs
+    overwritten: dict[tuple[fx.Node, int], fx.Node]
+    alone: dict[fx.Node, bool]  # whether it is read once, and shares memory with no other there
 
 
 def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
     operations = _operations(tracer)
     reads = collections.defaultdict(set)
     for value, after in features.values():
-        reads[after].update(tracer.places_of(_nodes_in(value)))
-    end = max(reads, default=-1)
+        reads[after].update(_nodes_in(value))
     stays, missed = _staying(operations, reads)
-    for position in stays:
-        if operations[position].kind == "constant":  # so that it shows whether it is written into
-            reads[position].add(position)
+    for node in stays:
+        if operations[node].kind == "constant":  # so that it shows whether it is written into
+            reads[tracer.places[node]].add(node)
     overwritten, alone = _overwritten(operations, stays, reads)
-    return _Plan(stays, missed, overwritten, alone, end)
+    return _Plan(stays, missed, overwritten, alone)
+
+
+class _Memory:
+    """The values that may share one memory, and the reads of them that nothing has changed."""
+
+    def __init__(self, value: fx.Node) -> None:
+        self.values = [value]
+        self.reads: list[tuple[fx.Node, int]] = []
+
+
+def _join(memory: dict[fx.Node, _Memory], node: fx.Node, views: Iterable[fx.Node]) -> None:
+    """From now on a value shares memory with others; ``memory`` has the one of each value."""
+    for viewed in views:
+        both = memory[node], memory[viewed]
+        small, large = sorted(both, key=lambda shared: len(shared.values))
+        if small is not large:
+            large.values += small.values
+            large.reads += small.reads
+            memory.update(dict.fromkeys(small.values, large))
 
 
 def _staying(
-    operations: Sequence[_Operation], reads: Mapping[int, Iterable[int]]
-) -> tuple[list[int], list[int]]:
-    """The positions of the operations that must run, and of replaced ones whose write is missed.
+    operations: Mapping[fx.Node, _Operation], reads: Mapping[int, Iterable[fx.Node]]
+) -> tuple[set[fx.Node], fx.Node | None]:
+    """The operations that must run, and the first of the replaced ones whose write is missed.
 
-    ``reads`` has the positions of the values that are asked for, by the position after which each
-    is read: an operation may write into a value that came before.
+    ``reads`` has the values that are asked for, by the position after which each is read: an
+    operation may write into a value that came before.
     Nothing after the last read runs. Before it, an operation stays if it is an assert, if its value
     is read or one that stays takes it, or if it writes into memory that is read later, that a later
     one which stays takes, or that is state of the model. Placeholders always stay.
     """
-    memory = _joined(operations)
+    memory = {node: _Memory(node) for node in operations}
+    for node, operation in operations.items():  # whatever stays
+        _join(memory, node, operation.views)
     end = max(reads, default=-1)
-    needed: set[int] = set()
-    # The memories that are read later, by id; the next call reads the model's state.
-    live = {
-        id(shared) for shared, operation in zip(memory, operations) if operation.kind == "get_attr"
-    }
-    stays = []
-    missed: list[int] = []
-    for position in reversed(range(len(operations))):
-        inputs, writes, _, kind, replaced = operations[position]
-        read = reads.get(position, ())
-        needed.update(read)
-        live.update(id(memory[taken]) for taken in read)
-        if replaced and position <= end and id(memory[inputs[0]]) in live:
-            missed.append(position)
-        is_needed = kind == "assert" or position in needed
-        is_live = any(id(memory[written]) in live for written in writes)
-        if kind == "placeholder" or (position <= end and (is_needed or is_live)):
-            stays.append(position)
-            needed.update(inputs)
-            live.update(id(memory[taken]) for taken in inputs)
-    return stays[::-1], missed[::-1]
+    needed: set[fx.Node] = set()
+    # The memories that are read later; the next call reads the model's state.
+    live = {memory[node] for node in operations if operations[node].kind == "get_attr"}
+
+    def read(values: Iterable[fx.Node]) -> None:
+        needed.update(values)
+        live.update(memory[value] for value in values)
+
+    stays = set()
+    missed = None
+    for position, node in reversed([*enumerate(operations)]):
+        inputs, writes, _, kind = operations[node]
+        if position > end and kind != "placeholder":
+            continue
+        read(reads.get(position, ()))
+        if kind == "replaced" and memory[inputs[0]] in live:
+            missed = node
+        is_kept = kind in ("placeholder", "assert")
+        is_live = any(memory[written] in live for written in writes)
+        if is_kept or is_live or node in needed:
+            stays.add(node)
+            read(inputs)
+    return stays, missed
 
 
 def _overwritten(
-    operations: Sequence[_Operation], stays: Iterable[int], reads: Mapping[int, Iterable[int]]
-) -> tuple[dict[tuple[int, int], int], dict[int, bool]]:
+    operations: Mapping[fx.Node, _Operation],
+    stays: set[fx.Node],
+    reads: Mapping[int, Iterable[fx.Node]],
+) -> tuple[dict[tuple[fx.Node, int], fx.Node], dict[fx.Node, bool]]:
     """The reads of values that change later, with what changes each first; which values are alone.
 
     An operation changes the values that share the memory into which it writes when it runs. A value
     is alone if an operation made it, it is read once, and there it shares memory with no other.
     """
-    memory = [{position} for position in range(len(operations))]
-    staying = set(stays)
-    unchanged: set[tuple[int, int]] = set()
-    changed: dict[tuple[int, int], int] = {}
-    alone: dict[int, bool] = {}
-    for position, operation in enumerate(operations):
-        if position in staying:
+    memory = {node: _Memory(node) for node in operations}
+    changed: dict[tuple[fx.Node, int], fx.Node] = {}
+    alone: dict[fx.Node, bool] = {}
+    for position, (node, operation) in enumerate(operations.items()):
+        if node in stays:
             for written in operation.writes:
-                found = [read for read in unchanged if read[0] in memory[written]]
-                changed.update(dict.fromkeys(found, position))
-                unchanged.difference_update(found)
-            _join(memory, position, operation.views)
-        for taken in reads.get(position, ()):
-            unchanged.add((taken, position))
-            is_first = taken not in alone
-            is_made = bool(operations[taken].inputs)
-            alone[taken] = is_first and is_made and len(memory[taken]) == 1
+                unchanged = memory[written].reads
+                changed.update(dict.fromkeys(unchanged, node))
+                unchanged.clear()
+            _join(memory, node, operation.views)
+        for value in reads.get(position, ()):
+            shared = memory[value]
+            shared.reads.append((value, position))
+            is_made = bool(operations[value].inputs)
+            alone[value] = value not in alone and is_made and shared.values == [value]
     return changed, alone
-
-
-def _joined(operations: Sequence[_Operation]) -> list[set[int]]:
-    """For each value all that may share its memory, now or later."""
-    memory = [{position} for position in range(len(operations))]
-    for position, operation in enumerate(operations):
-        _join(memory, position, operation.views)
-    return memory
-
-
-def _join(memory: list[set[int]], position: int, views: Iterable[int]) -> None:
-    """From now on a value shares memory with others; ``memory`` has for each all that share it."""
-    for viewed in views:
-        small, large = sorted((memory[position], memory[viewed]), key=len)
-        if small is not large:
-            large |= small
-            for value in small:
-                memory[value] = large
 
 
 def _cut(
@@ -1654,28 +1650,27 @@ def _cut(
     overwritten later is cloned before.
     """
     graph = tracer.graph
-    places = tracer.places
-    nodes = list(places)
+    nodes = list(graph.nodes)
     clones: dict[tuple[fx.Node, int], fx.Node] = {}
     renewed = set()
-    for position, after in plan.overwritten:
-        node = nodes[position]
+    # The functions that loops make are called at once.
+    for node, after in plan.overwritten:
         if _is_constant(node):
             renewed.add(node.target)
         elif tracer.exact:
             clone = _clone_after(node, nodes[after])
-            if plan.alone[position]:  # so gradients of what comes later reach the feature
-                later = set(nodes[after + 1 :])
-                node.replace_all_uses_with(clone, later.__contains__)
+            if plan.alone[node]:  # so gradients of what comes later reach the feature
+                node.replace_all_uses_with(
+                    clone,
+                    lambda user: tracer.places.get(user, 0) > after,  # noqa: B023
+                )
             else:
                 clones[node, after] = clone
-    staying = set(plan.stays)
-    for node in reversed(nodes):
-        if node.op == "output" or places[node] not in staying:
+    for node in nodes[::-1]:
+        if node not in plan.stays:
             graph.erase_node(node)
     values = {}
     for query, (value, after) in features.items():
-        # Called at once, for each node in the value.
         values[keys[query]] = map_arg(value, lambda node: clones.get((node, after), node))  # noqa: B023
     graph.output(values)
     for target in renewed:
@@ -1713,7 +1708,6 @@ def _clone_nested(value: Any) -> Any:
 
 # ---- effects
 
-_ASSERTS = (torch._assert, _assert_is_none)
 # What can return its input, or a view of it, though torch's schemas do not say so.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
@@ -1728,23 +1722,22 @@ for _operator in _OPERATORS:
     _WRITING.update((f"i{_operator}", f"__i{_operator}__"))
 
 
-def _operations(tracer: NodePathTracer) -> list[_Operation]:
-    """What each node reads, writes and shares, as plain data."""
-    places = tracer.places
-    fetched: dict[Any, int] = {}  # the path of a parameter or buffer -> the first node of it
-    operations = []
-    for node, place in places.items():
-        written, viewed = _effects(tracer, node)
-        inputs = [places[taken] for taken in node.all_input_nodes]
-        writes = [places[taken] for taken in written]
-        views = [places[taken] for taken in viewed]
-        if node.op == "get_attr":
-            views = [fetched.setdefault(node.target, place)]
-        kind = "assert" if node.target in _ASSERTS else node.op
+def _operations(tracer: NodePathTracer) -> dict[fx.Node, _Operation]:
+    """What each node reads, writes and shares."""
+    fetched: dict[Any, fx.Node] = {}  # the path of a parameter or buffer -> the first node of it
+    operations = {}
+    for node in tracer.places:
+        kind = node.op
+        writes, views = _effects(tracer, node)
+        if kind == "get_attr":
+            views = [fetched.setdefault(node.target, node)]
         if _is_constant(node):
             kind = "constant"
-        replaced = node in tracer.replaced
-        operations.append(_Operation(inputs, writes, views, kind, replaced))
+        elif node.target in (torch._assert, _assert_is_none):
+            kind = "assert"
+        elif node in tracer.replaced:
+            kind = "replaced"
+        operations[node] = _Operation(node.all_input_nodes, writes, views, kind)
     return operations
 
 
@@ -1760,69 +1753,66 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
     anything, it is believed that it writes if nobody takes its value; if exact, it always writes.
     """
     inputs = node.all_input_nodes
-    opaque = (inputs if tracer.exact or not node.users else [], inputs)
+    effects: tuple[list[fx.Node], list[fx.Node]] | None = [], []
     if node.op == "call_module":
-        module = _submodule(tracer.root, str(node.target))
-        return _module_effects(module, inputs, tracer.training or tracer.exact, opaque)
-    if node.op in ("call_function", "call_method"):
-        return _function_effects(node, opaque)
-    return [], []
+        module = operator.attrgetter(str(node.target))(tracer.root)
+        effects = _module_effects(module, inputs, tracer.training or tracer.exact)
+    elif node.op in ("call_function", "call_method"):
+        effects = _function_effects(node)
+    if effects is None:
+        may_write = tracer.exact or not node.users
+        return (inputs if may_write else []), inputs
+    return effects
 
 
 def _module_effects(
-    module: nn.Module,
-    inputs: list[fx.Node],
-    training: bool,
-    opaque: tuple[list[fx.Node], list[fx.Node]],
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What the call of a leaf writes and views."""
-    hands_on: tuple[list[fx.Node], list[fx.Node]] = ([], inputs)
-    if getattr(module, "inplace", None) is True:
-        writes = training or not isinstance(module, _DropoutNd)
-        return (inputs, inputs) if writes else hands_on
+    module: nn.Module, inputs: list[fx.Node], training: bool
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What the call of a leaf writes and views, if somebody says it."""
+    writes = inputs, inputs
+    hands_on: tuple[list[fx.Node], list[fx.Node]] = [], inputs
+    is_in_place = getattr(module, "inplace", None) is True
+    if is_in_place and (training or not isinstance(module, _DropoutNd)):
+        return writes
     if getattr(type(module), "forward", None) is nn.Sequential.forward:
-        parts = (_module_effects(part, inputs, training, opaque) for part in module.children())
+        parts = (_module_effects(part, inputs, training) for part in module.children())
         # The first part that does not just hand on its input decides.
         return next((effects for effects in parts if effects != hands_on), hands_on)
-    package = type(module).__module__
+    package = f"{type(module).__module__}."
     if package.startswith("torch.nn.") and not isinstance(module, _VIEW_MODULES):
         return [], []
-    if package.split(".")[0] in ("torch", "torchvision"):
+    if package.startswith(("torch.", "torchvision.")):
         return hands_on
     in_place = [getattr(part, "inplace", None) is True for part in module.modules()]
-    return (inputs, inputs) if any(in_place) else opaque
+    return writes if any(in_place) else None
 
 
-def _function_effects(
-    node: fx.Node, opaque: tuple[list[fx.Node], list[fx.Node]]
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What the call of a function or method writes and views."""
+def _function_effects(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What the call of a function or method writes and views, if somebody says it."""
     inputs = node.all_input_nodes
     first = _nodes_in(node.args[:1]) or inputs
     target: Any = getattr(node.target, "overloadpacket", node.target)
     name = _name(target)
     # Of what is built into torch the module is None; methods are a tensor's.
     library = str(getattr(target, "__module__", None) or "torch").split(".")[0]
-    if target in (*_ASSERTS, _clone):
-        return [], []
-    if name == "getattr" and node.args[1] == "shape":
+    is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
+    if target is getattr and node.args[1] == "shape":
         return [], []
     if "out" in node.kwargs:
         written = _nodes_in(node.kwargs["out"])
         return written, written
-    is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
     if is_unknown or target is setattr:  # such as a dict's update; what is put in is shared
         return first, inputs
-    if library == "_operator" and name not in (*_VIEW_FUNCTIONS, *_WRITING):
-        return [], []  # the underscore of and_ and or_ means nothing
     if _is_in_place(node):
         return first, first
     if library not in ("torch", "_operator", "math", "builtins"):
-        return opaque
+        return None
     if name in _VIEW_FUNCTIONS:
         return [], inputs
+    if library == "_operator":
+        return [], []
     writes, views = _declared(getattr(target, "_qualified_op_name", f"aten::{name}"))
-    return (inputs if writes else [], first if views else [])
+    return (inputs if writes else []), (first if views else [])
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -1831,10 +1821,9 @@ def _is_in_place(node: fx.Node) -> bool:
     code = getattr(node.target, "__code__", None)
     parameters = getattr(code, "co_varnames", ())
     arguments = {**dict(zip(parameters, node.args)), **node.kwargs}
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in _WRITING  # the underscore of and_ and or_ means nothing
-    is_named_so = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
-    return is_named_so or arguments.get("inplace") is True
+    # The underscore of operator.and_ means nothing.
+    ends_so = re.search("[^_]_$", name) and not hasattr(operator, name)
+    return name in _WRITING or bool(ends_so) or arguments.get("inplace") is True
 
 
 def _name(target: Any) -> str:
@@ -1844,23 +1833,16 @@ def _name(target: Any) -> str:
 
 @functools.lru_cache(maxsize=None)
 def _declared(operator_name: str) -> tuple[bool, bool]:
-    """Whether an operator writes into tensors, and whether it may return a view of one."""
+    """Whether an operator writes into tensors, and whether it may return a view of one.
+
+    A schema such as ``aten::relu_(Tensor(a!) self) -> Tensor(a!)`` marks what is written with "!".
+    """
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
-    found = []
-    for schema in schemas:
-        for argument in schema.arguments:
-            alias = argument.alias_info
-            # Of "Tensor[](a!) self" the list itself is written to; out= is looked at by name.
-            is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]")
-            if alias is not None and is_tensor and not argument.kwarg_only:
-                found.append(alias.is_write)
-    return any(found), bool(found) or not schemas
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        root = root._modules[name]  # type: ignore[assignment]
-    return root
+    # What follows "*" is given by keyword; out= is looked at by name.
+    arguments = [re.split(r"\*,|\) -> ", str(schema))[0] for schema in schemas]
+    # Of "Tensor[](a!) self" the list itself is written to.
+    marks = re.findall(r"[( ]Tensor\(\w+(!?)", "".join(arguments))
+    return "!" in marks, bool(marks) or not schemas
 
 
 def _nodes_in(arguments: Any) -> list[fx.Node]:
@@ -1883,14 +1865,14 @@ def _find_flaws(
     for mode, tracer in tracers.items():
         for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
             flaws[query][text] = None
+        last = max((feature.after for feature in features[mode].values()), default=-1)
         for kind, (position, text) in tracer.losses.items():
-            if position <= plans[mode].end:
+            if position <= last:
                 losses.setdefault(kind, text)
-        for position in plans[mode].missed:
-            operation = _described(tracer, list(tracer.places)[position])
-            losses.setdefault(
-                _NOT_IN_PLACE, f"{operation} {_NOT_IN_PLACE}; exact=True works in place"
-            )
+        node = plans[mode].missed
+        if node is not None:
+            text = f"{_described(tracer, node)} {_NOT_IN_PLACE}; exact=True works in place"
+            losses.setdefault(_NOT_IN_PLACE, text)
     own = "exact=True gives its own value, or an error"
     texts = [f"the feature {query!r} {', and '.join(flaws[query])}; {own}" for query in flaws]
     return [*texts, *losses.values()]
@@ -1902,15 +1884,14 @@ def _feature_flaws(
     """Each query whose value is not what it says, and why; none if the tracer is exact."""
     if tracer.exact:
         return
-    nodes = list(tracer.places)
     for query, feature in features.items():
         if _is_misleading(tracer, query, feature):
             really = _described(tracer, feature.value, query)
             yield query, f"is the value of {really}, not what the module {query!r} returns"
-        for place in tracer.places_of(_nodes_in(feature.value)):
-            writer = plan.overwritten.get((place, feature.after))
+        for node in _nodes_in(feature.value):
+            writer = plan.overwritten.get((node, feature.after))
             if writer is not None:
-                yield query, f"is overwritten in place by {_described(tracer, nodes[writer])}"
+                yield query, f"is overwritten in place by {_described(tracer, writer)}"
                 break
 
 
@@ -1944,21 +1925,22 @@ def _warn_flaws(flaws: Iterable[str]) -> None:
 
 def _run_alike(tracers: dict[str, NodePathTracer]) -> bool:
     """Whether after the cut both modes run nodes of the same names."""
-    train, evaluation = tracers.values()
-    names = map(train.node_to_qualname.get, train.graph.nodes)
-    others = map(evaluation.node_to_qualname.get, evaluation.graph.nodes)
-    return list(names) == list(others)
+    names = []
+    for tracer in tracers.values():
+        names.append([tracer.node_to_qualname.get(node) for node in tracer.graph.nodes])
+    return names[0] == names[1]
 
 
 def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
     """Warn if the two modes have different names, and say which."""
-    names = {"train": train_tracer.names, "eval": eval_tracer.names}
-    if names["train"] == names["eval"] or train_tracer.error or eval_tracer.error:
+    train, evaluation = train_tracer.names, eval_tracer.names
+    if train == evaluation or train_tracer.error or eval_tracer.error:
         return
     said = []
-    for mode, other in (("train", "eval"), ("eval", "train")):
-        others = set(names[other])
-        only = ", ".join(name for name in names[mode] if name not in others)
+    train_only = "train", train, set(evaluation)
+    eval_only = "eval", evaluation, set(train)
+    for mode, names, others in (train_only, eval_only):
+        only = ", ".join(name for name in names if name not in others)
         if only:
             said.append(f"only in {mode} mode: {textwrap.shorten(only, 200, placeholder=' …')}")
     difference = "; ".join(said) or "the order of the nodes"
@@ -2159,7 +2141,7 @@ def _attribute(source: str, name: str) -> str:
 
 def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
     """A ``forward`` that picks the method of the mode; graph and code are those of one."""
-    head = next(filter(re.compile("def ").match, code.src.splitlines()))
+    head = re.findall("^def .*", code.src, re.MULTILINE)[0]
     arguments = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     call = ", ".join(arguments)
     source = f"""{head}
@@ -2192,19 +2174,20 @@ class _Reference(str):
     """Stands in a packed graph for the node of this name, or for what torch has under it."""
 
 
-def _pack(graph: fx.Graph) -> tuple[Any, ...]:
-    """A graph as plain data that can be copied and pickled."""
+class _Packed(tuple):  # type: ignore[type-arg]
+    """A graph as plain data that can be pickled; copies share it, since nothing changes it."""
+
+    def __deepcopy__(self, memo: Any) -> _Packed:
+        return self
+
+
+def _pack(graph: fx.Graph) -> _Packed:
     nodes = []
     for node in graph.nodes:
-        arguments = map_arg((node.args, node.kwargs), _reference)
+        arguments = map_arg((node.args, node.kwargs), lambda taken: _Reference(taken.name))
         target = _packed_target(node.target)
-        packed = (node.op, target, arguments, node.name, node.type, node.meta)
-        nodes.append(packed)
-    return tuple(nodes)
-
-
-def _reference(node: fx.Node) -> _Reference:
-    return _Reference(node.name)
+        nodes.append((node.op, target, arguments, node.name, node.type, node.meta))
+    return _Packed(nodes)
 
 
 def _packed_target(target: Any) -> Any:
@@ -2216,7 +2199,7 @@ def _packed_target(target: Any) -> Any:
     return target
 
 
-def _unpack(packed: tuple[Any, ...]) -> fx.Graph:
+def _unpack(packed: _Packed) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
 
@@ -2246,9 +2229,9 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        kind = type(model).__name__
         raise TypeError(
-            f"{kind} holds compiled code: hand in the module that it was made from (_orig_mod)"
+            f"{type(model).__name__} holds compiled code:"
+            " hand in the module that it was made from (_orig_mod)"
         )
     with _tracing, _same_random_numbers(), contextlib.ExitStack() as undo:
         for buffer in model.buffers():
@@ -2295,7 +2278,7 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
             if before:  # most are empty
                 container.update(before)
             if len(container) > len(before):
-                for name in [name for name in container if name not in before]:
+                for name in container.keys() - before:
                     if not isinstance(container[name], keep):
                         del container[name]
 

@@ -126,9 +126,10 @@ def suggestions(names: list[str], query: str) -> list[str]:
     return featx._suggestions(select(names), query)
 
 
-def operations(nodes: Iterable[dict[str, Any]]) -> list[Any]:
+def operations(nodes: Iterable[dict[str, Any]]) -> dict[int, Any]:
     """Nodes of the vectors as featx has them; what they call state is fetched by a ``get_attr``."""
-    return [featx._Operation(**{**node, "kind": node["kind"].replace("state", "get_attr")}) for node in nodes]
+    found = [featx._Operation(**{**node, "kind": node["kind"].replace("state", "get_attr")}) for node in nodes]
+    return dict(enumerate(found))
 
 
 def by_end(reads: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
@@ -139,16 +140,16 @@ def by_end(reads: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
     return found
 
 
-def staying(operations: list[Any], reads: Iterable[tuple[int, int]]) -> list[int]:
+def staying(operations: dict[int, Any], reads: Iterable[tuple[int, int]]) -> list[int]:
     stays, missed = featx._staying(operations, by_end(reads))
-    assert missed == [], "no operation of these was replaced"
-    return stays
+    assert missed is None, "no operation of these was replaced"
+    return sorted(stays)
 
 
 def overwritten(
-    operations: list[Any], stays: Iterable[int], reads: Iterable[tuple[int, int]]
+    operations: dict[int, Any], stays: Iterable[int], reads: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], int]:
-    found, _ = featx._overwritten(operations, stays, by_end(reads))
+    found, _ = featx._overwritten(operations, set(stays), by_end(reads))
     return found
 
 

@@ -64,7 +64,7 @@ LIMITS = {
     "tokens": 14_200,  # it should be 9,750: the next changes take something out
     "tokens of the command line": 1_420,
     "tokens on a line": 8.4,
-    "percent of the lines above 20 tokens": 3.7,
+    "percent of the lines above 20 tokens": 3.9,
     "lines of the longest body": 40,
 }
 
