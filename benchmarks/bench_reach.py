@@ -107,7 +107,7 @@ def with_example(model: nn.Module, inputs: reach_models.Inputs, tell: Tell) -> N
             outcome = compared(model, extractor, inputs(*how))
             tell(**{kind: outcome})
             if outcome == "wrong":
-                wrong.append(f"output of other inputs ({kind})")
+                wrong.append(f"other inputs ({kind})")
         if not same(call(model, example), expected):
             wrong.append("the model afterwards")
         tell(wrong=wrong)

@@ -197,6 +197,7 @@ def torchaudio_candidates(name: str) -> Candidates:
 
 def transformers_names() -> List[str]:
     """The classes of MODEL_MAPPING, each with the configuration after which it is called, or the first that it has."""
+    from transformers import modeling_utils  # noqa: F401  # once, and not in each process
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     kinds: Dict[str, str] = {}
@@ -304,6 +305,8 @@ def shrunk(config: Any, sizes: Sizes) -> Dict[str, Any]:
             new = False
         elif name == "head_dim" and old is None and sizes is SIZES:
             new = 16
+        elif name in ("width_coefficient", "depth_coefficient"):
+            new = 1.0
         if new is not old:
             changes[name] = new
     if getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", 0):

@@ -13,9 +13,14 @@ import torch
 from torch import nn
 
 from tests.helpers import exact, ignored_warnings, parametrize, recording, same, tensors
+from tests.versions import needs
 
-# Models that batch norm, or a want of targets, keeps from running in train mode.
-pytestmark = pytest.mark.filterwarnings("ignore:in train mode an extractor will raise an error:UserWarning")
+pytestmark = [
+    # As in test_ecosystem.py: the libraries change with each release, and old ones are not looked at.
+    needs("torch.distributed.fsdp.fully_shard", torch="2.6"),
+    # Models that batch norm, or a want of targets, keeps from running in train mode.
+    pytest.mark.filterwarnings("ignore:in train mode an extractor will raise an error:UserWarning"),
+]
 
 
 class Case(NamedTuple):
