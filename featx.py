@@ -55,6 +55,7 @@ import copy
 import difflib
 import dis
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -388,15 +389,18 @@ class _Recording:
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, fx.Proxy):  # of x[i] += y the operator needs no memory of its own
             self.tracer.replaced.discard(value.node)
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+        self.tracer.record(operator.setitem, self, index, value)
 
     def __getattr__(self, name: str) -> Any:
-        if self.tracer.example is not None:
-            if name.startswith("__"):  # protocols of others, such as numpy's
-                raise AttributeError(name)
-            if self.tracer.evaluate("call_function", getattr, (self, name), {}) is None:
-                return None
-        return _Attribute(self, name)  # type: ignore[arg-type]
+        attribute = _Attribute(self, name)  # type: ignore[arg-type]
+        if self.tracer.example is None:
+            return attribute
+        if name.startswith("__"):  # protocols of others, such as numpy's
+            raise AttributeError(name)
+        value = self.tracer.compute(getattr, self, name)
+        if self.tracer.has_no_grad(value):
+            _ = attribute.node  # which is recorded now, and not once gradients are on again
+        return None if value is None else attribute
 
     def __iter__(self) -> Iterator[Any]:
         # As torch.fx's, which holds all that its caller holds until garbage is collected.
@@ -419,16 +423,15 @@ class _Recording:
         return operator.index(self.tracer.answer(self))
 
     def __contains__(self, item: Any) -> bool:
-        found = self.tracer.create_proxy("call_function", operator.contains, (self, item), {})
-        return bool(found)
+        return bool(self.tracer.record(operator.contains, self, item))
 
     def __round__(self, *digits: Any) -> Any:
-        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+        return self.tracer.record(round, self, *digits)
 
     def __hash__(self) -> int:
-        if self.tracer.example is not None:  # it would stay in caches of the model
-            raise TypeError(f"{self!r} cannot be looked up, since it has no hash")
-        return object.__hash__(self)
+        if self.tracer.example is None:
+            return object.__hash__(self)
+        return self.tracer.hash_of(self)  # type: ignore[no-any-return]
 
 
 class _Proxy(_Recording, fx.Proxy):
@@ -438,7 +441,7 @@ class _Proxy(_Recording, fx.Proxy):
         if name in ("node", "tracer", "_value"):
             object.__setattr__(self, name, value)
         else:
-            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+            self.tracer.record(setattr, self, name, value)
 
 
 class _Attribute(_Recording, fx.proxy.Attribute):
@@ -448,16 +451,15 @@ class _Attribute(_Recording, fx.proxy.Attribute):
 
     @property
     def _value(self) -> Any:
-        return self.tracer.evaluate("call_function", getattr, (self.root, self.attr), {})
+        return self.tracer.compute(getattr, self.root, self.attr)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.attr not in _READING or not self.tracer.stands_for(self.root, Mapping):
+        is_read = self.attr in ("get", "items", "keys", "values")
+        if not is_read or not self.tracer.stands_for(self.root, Mapping):
             return super().__call__(*args, **kwargs)
-        items = {key: self.root[key] for key in self.tracer.keys(self.root)}
+        keys = self.tracer.keys(self.root)
+        items = {key: self.root[key] for key in keys}
         return getattr(items, self.attr)(*args, **kwargs)
-
-
-_READING = ("get", "items", "keys", "values")  # a mapping
 
 
 def _in_place_operator(name: str) -> Callable[[Any, Any], Any]:
@@ -510,6 +512,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         # Node -> a text that only equal numbers share; "" for what is the same for all inputs.
         self._formulas: dict[fx.Node, str] = {}
         self._guards: set[tuple[str, str]] = set()
+        self._hashed: list[weakref.ref[Any]] = []
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -517,42 +520,40 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """Make the placeholders, with an example for what it gives; see ``torch.fx.Tracer``."""
         if not is_module or (self.example is None and not self.exact):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
-        signature = inspect.signature(root_fn)
-        if self.example is None:
-            bound = _bind_defaults(signature, self.root, concrete_args or {})
-        else:
-            args, kwargs = self.example
-            bound = signature.bind(self.root, *args, **kwargs)
-        for name, value in [*bound.arguments.items()][1:]:
-            parameter = signature.parameters[name]
-            given: Any
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given = {key: self._argument(parameter, key, value[key]) for key in value}
-            elif parameter.kind is parameter.VAR_POSITIONAL:
-                places = range(len(value))
-                given = [self._argument(parameter, f"{name}_{at}", value[at]) for at in places]
-            else:
-                given = self._argument(parameter, name, value)
-            bound.arguments[name] = given
-        return lambda: root_fn(*bound.args, **bound.kwargs), []
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        self._parameters = {parameter.name: parameter for parameter in parameters}
+        args, kwargs = self.example or _default_call(parameters, concrete_args or {})
+        names = [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
+        names += [f"args_{position}" for position in range(len(names), len(args))]
+        positional = list(map(self._argument, names, args))
+        in_order = sorted(kwargs, key=[*self._parameters, *kwargs].index)
+        keywords = {name: self._argument(name, kwargs[name]) for name in in_order}
+        return lambda: root_fn(self.root, *positional, **keywords), []
 
-    def _argument(self, parameter: inspect.Parameter, name: str, value: Any) -> Any:
+    def _argument(self, name: str, value: Any) -> Any:
         """Make a placeholder; gives what the forward gets for it: a stand-in or a constant."""
         self.given[name] = value
         is_constant = type(value) in _DECIDING if self.example else value is not PH
+        parameter = self._parameters.get(name, _UNNAMED)
         default: tuple[Any, ...] = ()
         if self.example is None and parameter.default is not parameter.empty:
             default = (value if is_constant else parameter.default,)
-        kind = parameter.annotation
-        if kind is parameter.empty or name != parameter.name:
-            kind = None
+        kind = None if parameter.annotation is parameter.empty else parameter.annotation
         stand_in = self.create_proxy("placeholder", name, default, {}, type_expr=kind)
         if not is_constant:
             return stand_in
         if type(value) in _CONSTANTS:
-            text = f"the argument {name!r} was {value!r} while tracing"
-            self.create_proxy("call_function", torch._assert, (stand_in == value, text), {})
+            said = f"the argument {name!r} was {value!r} while tracing"
+            self.record(torch._assert, stand_in == value, said)
         return value
+
+    def record(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Record the call of a function."""
+        return self.create_proxy("call_function", function, args, {})
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function gives for the example, without recording it."""
+        return self.evaluate("call_function", function, args, {})
 
     def evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """What a node gives for the example, without gradients, as if nothing were traced."""
@@ -587,8 +588,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
     def note_value(self, proxy: Any, value: Any) -> None:
         """Put the value of a new node on its stand-in."""
         proxy._value = value
-        node = proxy.node
-        self._formulas[node] = self._formula(node, isinstance(value, torch.Tensor))
+        is_tensor = isinstance(value, torch.Tensor)
+        self._formulas[proxy.node] = self._formula(proxy.node, is_tensor)
 
     def _formula(self, node: fx.Node, is_tensor: bool) -> str:
         if node.op == "get_attr":
@@ -596,22 +597,23 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if is_tensor or node.op in ("placeholder", "call_module"):
             return node.name
         taken = node.all_input_nodes
-        if not any(self._formulas.get(argument) for argument in taken):
-            is_of_state = any(argument.op == "get_attr" for argument in taken)
-            return node.name if is_of_state and node.target not in _METADATA else ""
-        arguments = map_arg(
-            (node.args, node.kwargs), lambda node: self._formulas.get(node, node.name)
-        )
-        return f"{node.target}{arguments}"
+        if any(self._formulas.get(argument) for argument in taken):
+            arguments = map_arg((node.args, node.kwargs), self._formula_of)
+            return f"{node.target}{arguments}"
+        is_of_state = any(argument.op == "get_attr" for argument in taken)
+        return node.name if is_of_state and node.target not in _METADATA else ""
+
+    def _formula_of(self, node: fx.Node) -> str:
+        return self._formulas.get(node) or node.name
 
     def answer(self, stand_in: Any, function: Any = None) -> Any:
         """The value of a stand-in, or of a function of it, as a plain number, list or text."""
         self._check_asked()
         if function is not None:
-            stand_in = self.create_proxy("call_function", function, (stand_in,), {})
+            stand_in = self.record(function, stand_in)
         value = stand_in._value
         if isinstance(value, torch.Tensor):
-            value = self.evaluate("call_method", "item", (stand_in,), {})
+            value = self.compute(torch.Tensor.item, stand_in)
         if self._is_open(stand_in, value):
             self._guard(stand_in == value, value)
         return value
@@ -619,11 +621,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
     def to_bool(self, obj: Any) -> bool:
         """The truth of a stand-in."""
         self._check_asked()
-        value: bool = self.evaluate("call_function", bool, (obj,), {})
+        value: bool = self.compute(bool, obj)
         if self._is_open(obj, value):
-            if not value:
-                obj = self.create_proxy("call_function", operator.not_, (obj,), {})
-            self._guard(obj, value)
+            self._guard(obj if value else self.record(operator.not_, obj), value)
         return value
 
     def iter(self, obj: Any) -> Iterator[Any]:
@@ -632,16 +632,39 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if self.stands_for(obj, Mapping):
             return iter(self.keys(obj))
         if not hasattr(obj._value, "__getitem__"):  # a set, or a generator
-            obj = self.create_proxy("call_function", list, (obj,), {})
+            obj = self.record(list, obj)
         return iter([obj[position] for position in range(len(obj))])
 
     def keys(self, obj: Any) -> Any:
         """The keys of a stand-in for a mapping."""
-        return self.answer(obj, list) if self.example else super().keys(obj)
+        if self.example is None:
+            return super().keys(obj)
+        return self.answer(obj, list)
 
     def stands_for(self, obj: Any, kind: type) -> bool:
         """Whether the example's value is of a kind."""
         return self.example is not None and isinstance(obj._value, kind)
+
+    def hash_of(self, stand_in: Any) -> int:
+        """The hash of what is no tensor: where something is looked up by its value."""
+        if self.stands_for(stand_in, torch.Tensor):
+            raise TypeError(f"{stand_in!r} stands for a tensor, and cannot be looked up")
+        self._hashed.append(weakref.ref(stand_in))
+        return hash(self.answer(stand_in))
+
+    def leave_caches(self) -> None:
+        """Clear functools' caches of stand-ins; in others they would break the eager model."""
+        if not self._hashed:
+            return
+        caches = [item for item in gc.get_objects() if type(item) is functools._lru_cache_wrapper]
+        for cache in caches:
+            inside = gc.get_referents(cache)
+            keys = itertools.chain(*(item for item in inside if type(item) is dict))
+            if _find_proxy(list(keys)) is not None:
+                cache.cache_clear()
+        gc.collect()
+        if any(stand_in() is not None for stand_in in self._hashed):
+            raise fx.proxy.TraceError("its forward keeps what it looks up in a cache of its own")
 
     def _is_other_thread(self) -> bool:
         """Whether torch.fx's patches of nn.Module met a thread that does not trace."""
@@ -667,7 +690,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         path, line, _, text = _model_line(_frames_inside())
         file = pathlib.Path(path).name
         said = f"forward went one way because ({text}) was {answer!r} ({file}, line {line})"
-        self.create_proxy("call_function", torch._assert, (condition, said), {})
+        self.record(torch._assert, condition, said)
 
     def patch_questions(self, patcher: _Patcher) -> None:
         """Let Python's and torch's functions answer for stand-ins while the forward runs."""
@@ -677,12 +700,13 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             if not is_instance(item, _Recording) or self._is_other_thread():
                 return item
             if type(item) is _Proxy and item.node.op == "placeholder":
-                bool(self.create_proxy("call_function", is_tensor, (item,), {}))
+                bool(self.record(is_tensor, item))
             return item._value
 
         def answer_isinstance(item: Any, kinds: Any) -> bool:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller != __name__ and caller.split(".")[0] not in ("torch", "inspect"):
+            asking = sys._getframe(1).f_globals.get("__name__", "")
+            package, _, _ = asking.partition(".")
+            if asking != __name__ and package not in ("torch", "inspect"):
                 item = known(item)
             return is_instance(item, kinds)
 
@@ -696,7 +720,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         patcher.patch(vars(builtins), "callable", answer_callable)
         patcher.patch(vars(torch), "is_tensor", answer_is_tensor)
         for name in _FACTORIES:
-            patcher.patch(vars(torch), name, self.recorded(getattr(torch, name)))
+            factory = getattr(torch, name)
+            patcher.patch(vars(torch), name, self.recorded(factory))
         # Torch.fx's own expects that a function which it wraps never returns None.
         patcher.patch(
             vars(_symbolic_trace), "_create_wrapped_func", functools.partial(self.recorded)
@@ -737,17 +762,24 @@ def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     raise TypeError(f"example_inputs takes a tuple such as (x,), or a mapping, not a {kind}")
 
 
-def _bind_defaults(
-    signature: inspect.Signature, root: nn.Module, concrete_args: Mapping[str, Any]
-) -> inspect.BoundArguments:
-    """What a forward gets without an example; ``fx.PH`` stands for an argument that stays one."""
-    bound = signature.bind_partial(root)
-    for name, parameter in [*signature.parameters.items()][1:]:
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            is_deciding = type(parameter.default) in _DECIDING
-            value = parameter.default if is_deciding else PH
-            bound.arguments[name] = concrete_args.get(name, value)
-    return bound
+# What stands for the parameter of an argument that has no name in the signature.
+_UNNAMED = inspect.Parameter("unnamed", inspect.Parameter.KEYWORD_ONLY)
+
+
+def _default_call(
+    parameters: Iterable[inspect.Parameter], concrete_args: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What a forward gets without an example; ``fx.PH`` stands for what stays an argument."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter in parameters:
+        value = parameter.default if type(parameter.default) in _DECIDING else PH
+        value = concrete_args.get(parameter.name, value)
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            args.append(value)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = value
+    return args, kwargs
 
 
 def _example_of(item: Any) -> Any:
@@ -755,7 +787,8 @@ def _example_of(item: Any) -> Any:
     if isinstance(item, _Recording):
         return item._value
     if isinstance(item, slice):
-        return slice(*map(_example_of, (item.start, item.stop, item.step)))
+        ends = item.start, item.stop, item.step
+        return slice(*map(_example_of, ends))
     return item
 
 
@@ -864,7 +897,8 @@ class NodePathTracer(_AnsweringTracer):
             graph = super().trace(root, concrete_args)
             self._check_buffers(self.root, buffers)
         for node in graph.nodes:
-            if node.op == "placeholder" and node.args == (None,) and not node.users:
+            is_optional = node.op == "placeholder" and node.args == (None,)
+            if is_optional and not node.users:
                 self.lose(_UNASKED.format(node.target), 0)
         hooks = {**self.root._forward_hooks, **self.root._forward_pre_hooks}
         is_called_so = type(self.root).__call__ is nn.Module.__call__
@@ -927,7 +961,7 @@ class NodePathTracer(_AnsweringTracer):
         """
         self._check_modes()
         kind, target, values, *_ = args
-        if kind == "placeholder" and any(isinstance(item, torch.Tensor) for item in values):
+        if kind == "placeholder" and values and isinstance(values[0], torch.Tensor):
             raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
         value = self.evaluate(*args[:4]) if self.example else NotImplemented
@@ -941,16 +975,23 @@ class NodePathTracer(_AnsweringTracer):
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
-        if self.exact and isinstance(value, torch.Tensor) and not torch.is_grad_enabled():
+        if self.has_no_grad(value):
             proxy = self._detached(node, value)
-        self.node_to_qualname[proxy.node] = self._namer.name(self.current_module_qualname, own)
+        name = self._namer.name(self.current_module_qualname, own)
+        self.node_to_qualname[proxy.node] = name
         return None if value is None and node.op != "placeholder" else proxy
+
+    def has_no_grad(self, value: Any) -> bool:
+        """Whether what the forward computes now is a tensor without gradients."""
+        is_recorded = self.exact and not torch.is_grad_enabled()
+        return is_recorded and isinstance(value, torch.Tensor)
 
     def _detached(self, node: fx.Node, value: torch.Tensor) -> fx.Proxy:
         """The stand-in for what is computed where gradients are switched off."""
-        if _is_in_place(node):
+        if _is_in_place(node) and _is_no_integer(value):
             self.lose(_GRAD_MODE)
-        proxy = self.proxy(self.graph.call_function(torch.detach, (node,)))
+        detached = self.graph.call_function(torch.detach, (node,))
+        proxy = self.proxy(detached)
         self.note_value(proxy, value)
         return proxy
 
@@ -1004,7 +1045,8 @@ class NodePathTracer(_AnsweringTracer):
         autocast, grad = _current_modes()
         if autocast != self._modes[0]:
             self.lose(_AUTOCAST)
-        if grad != self._modes[1] and not (self.exact and self.example):
+        is_recorded = self.exact and self.example
+        if grad != self._modes[1] and not is_recorded:
             self.lose(_GRAD_MODE)
 
     def _check_buffers(self, module: nn.Module, before: Mapping[str, Any]) -> None:
@@ -1015,13 +1057,15 @@ class NodePathTracer(_AnsweringTracer):
             while node and node.args and _is_in_place(node):  # self.n += 1 works on the buffer
                 node = node.args[0]
             is_same = node.op == "get_attr" if node else value is buffer
+            is_same |= getattr(value, "_value", None) is buffer  # which its to() gave back
             if not is_same:
                 self.lose(_ASSIGNED, 0)
 
     @contextlib.contextmanager
     def _noting_mode(self) -> Iterator[None]:
         """See whether the forward asks for the mode of a module."""
-        self.asked_mode = any(map(_may_ask_mode, set(map(type, self.root.modules()))))
+        classes = set(map(type, self.root.modules()))
+        self.asked_mode = any(map(_may_ask_mode, classes))
 
         def get(module: nn.Module) -> Any:
             self.asked_mode |= not self._is_other_thread()
@@ -1248,7 +1292,9 @@ def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     traced = DualGraphModule(model, tracer.graph, tracer.graph)
     leaves = []
     try:
-        for run, arguments in ((model, tracer.example), (traced, ((), tracer.given))):
+        tracer.leave_caches()
+        call = (), tracer.given
+        for run, arguments in ((model, tracer.example), (traced, call)):
             args, kwargs = _clone_nested(arguments)
             with _unchanged(model), torch.no_grad():
                 _set_mode(model, mode)
@@ -1260,7 +1306,7 @@ def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
             if isinstance(own, torch.Tensor):
                 torch.testing.assert_close(value, own, rtol=0, atol=0, equal_nan=True)
     except Exception as error:
-        reason = f"for the example its graph gives something else than the model: {error}"
+        reason = f"with the example its graph is not what the model is: {error}"
         raise UntraceableError("", type(model), reason) from error
 
 
@@ -1338,8 +1384,9 @@ def _model_line(frames: Iterable[tuple[Any, int]]) -> tuple[str, int, str, str]:
     for frame, line in frames:
         module = frame.f_globals.get("__name__", "")
         if module != __name__ and module.split(".")[0] != "torch":
-            path = frame.f_code.co_filename
-            return path, line, frame.f_code.co_name, linecache.getline(path, line).strip()
+            code = frame.f_code
+            text = linecache.getline(code.co_filename, line)
+            return code.co_filename, line, code.co_name, text.strip()
     return "", 0, "", ""
 
 
@@ -2249,8 +2296,10 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
 
 def _same_random_numbers() -> Any:
     """Leave the random state of the CPU and, where it is in use, of CUDA as it was."""
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.random.fork_rng(range(torch.cuda.device_count() if in_use else 0))
+    count = 0
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        count = torch.cuda.device_count()
+    return torch.random.fork_rng(range(count))
 
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import pickle
 import weakref
 from typing import Any, Callable
@@ -235,9 +236,58 @@ def test_what_a_leaf_returns_may_be_none() -> None:
 def test_nothing_stays_in_a_cache() -> None:
     cache: dict[Any, int] = {}
     model = net(lambda self, x: x * cache.setdefault(x.shape[0], 2))
-    with pytest.raises(featx.UntraceableError, match="no hash"):
+    with pytest.raises(featx.UntraceableError, match="a cache of its own"):
         extract(model, "output", example_inputs=(X,))
-    assert not cache
+
+
+def test_a_look_up_is_guarded() -> None:
+    model = net(lambda self, x: x * {3: 2, 6: 5}.get(x.shape[0], 1))
+    for example, other in ((X, LONGER), (X[:2], LONGER), (LONGER, X)):
+        extractor = exact(model, "output", example_inputs=(example,))
+        assert agree(extractor, model, example)
+        assert not agree(extractor, model, other)
+
+
+def test_a_tensor_is_not_looked_up() -> None:
+    with pytest.raises(featx.UntraceableError, match="stands for a tensor, and cannot be looked up"):
+        extract(net(lambda self, x: x * {x: 2}[x]), "output", example_inputs=(X,))
+
+
+def test_functools_caches_are_cleared() -> None:
+    model = net(lambda self, x: x + positions(x.shape[0], x.dtype))
+    extractor = exact(model, "output", example_inputs=(X,))
+    assert agree(extractor, model, X)
+    assert not agree(extractor, model, LONGER)
+    assert isinstance(positions(3, X.dtype), torch.Tensor)
+
+
+@functools.lru_cache(maxsize=8)
+def positions(length: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(length, dtype=dtype)[:, None]
+
+
+def test_a_buffer_may_be_given_back() -> None:
+    model = stated("self.mean = self.mean.to(x.dtype)\nreturn h + self.mean")
+    assert agree(exact(model, "output", example_inputs=(X,)), model, X)
+
+
+@parametrize("body", ["k = h * 2", "k = h.max(0).values", "k = h.argmax(1)[:, None]; k += 1", "k = self.scale * 2"])
+def test_gradients_that_are_switched_off(body: str) -> None:
+    model = stated(f"with torch.no_grad(): {body}\nreturn h * k + x")
+    extractor = exact(model, ["fc", "output"], example_inputs=(X,))
+    features, x = extractor(X), X.clone().requires_grad_()
+    assert same(features["output"], model(X))
+    own, eager = (
+        torch.autograd.grad(call(x).sum(), [x, model.scale], allow_unused=True)
+        for call in (lambda x: extractor(x)["output"], model)
+    )
+    assert same(own, eager)
+
+
+def test_a_write_where_gradients_are_switched_off() -> None:
+    model = stated("with torch.no_grad(): h.mul_(2)\nreturn h")
+    with pytest.raises(featx.UntraceableError, match="grad mode"):
+        exact(model, "output", example_inputs=(X,))
 
 
 @parametrize(
@@ -309,7 +359,7 @@ def test_the_error_names_the_example_first() -> None:
 
 def test_an_example_that_shows_a_difference() -> None:
     model = stated("v = h[:, :2]; v += 1; return h * 1")
-    with pytest.raises(featx.UntraceableError, match="something else than the model"):
+    with pytest.raises(featx.UntraceableError, match="not what the model is"):
         extract_quietly(model, "output", example_inputs=(X,))
     assert agree(exact(model, "output", example_inputs=(X,)), model, X)
 
