@@ -85,30 +85,27 @@ def examine(library: str, name: str, tell: Tell) -> None:
 def with_example(model: nn.Module, inputs: reach_models.Inputs, tell: Tell) -> None:
     """Cut some modules' features out of a model, and compare them with eager execution."""
     example = inputs(0, 1, 0)
-    seen, expected = eager(model, example)
-    paths = spread(seen, FEATURES)
+    expected = eager(model, example)
+    queries = spread([path for path in expected if path != "output"], FEATURES)
     extractors: List[fx.GraphModule] = []
 
     def create() -> None:
         options = {"exact": True, "example_inputs": example, "suppress_diff_warning": True}
-        extractors.append(featx.create_feature_extractor(model, None, [], [*paths, "output"], **options))
+        extractors.append(featx.create_feature_extractor(model, None, [], [*queries, "output"], **options))
 
     before = time.perf_counter()
     tell(example=reason_of(create), seconds=round(time.perf_counter() - before, 1))
     for extractor in extractors:
         guards = sum(node.target is torch._assert for node in extractor.graph.nodes)
-        tell(nodes=len(extractor.graph.nodes), guards=guards, features=len(paths))
-        values = call(extractor, example)
-        wrong = [path for path in paths if not same(values[path], seen[path])]
-        tell(equal=len(paths) - len(wrong))
-        if not same(values["output"], expected):
-            wrong.append("output")
+        tell(nodes=len(extractor.graph.nodes), guards=guards, features=len(queries))
+        wrong = differing(call(extractor, example), expected)
+        tell(equal=len(queries) - len({*queries} & {*wrong}))
         for kind, how in OTHERS.items():
             outcome = compared(model, extractor, inputs(*how))
             tell(**{kind: outcome})
             if outcome == "wrong":
                 wrong.append(f"other inputs ({kind})")
-        if not same(call(model, example), expected):
+        if differing(eager(model, example), expected):
             wrong.append("the model afterwards")
         tell(wrong=wrong)
 
@@ -135,22 +132,35 @@ def shortened(text: str) -> str:
     return textwrap.shorten(re.sub(r"[^\s\"(]*/site-packages/", "", text), 160)
 
 
-def eager(model: nn.Module, arguments: Any) -> Tuple[Dict[str, Any], Any]:
-    """What modules return at their first call, in the order of these, and what the model returns."""
-    seen: Dict[str, Any] = {}
+def eager(model: nn.Module, arguments: Any) -> Dict[str, List[torch.Tensor]]:
+    """What modules return at their first call, in this order, and under "output" what the model returns.
+
+    Where a module of the model is called "output", featx takes the query for that one, and so does this.
+    """
+    seen: Dict[str, List[torch.Tensor]] = {}
 
     def hook_of(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, value: Any) -> None:
             if path not in seen and tensors(value):
-                seen[path] = [tensor.clone() for tensor in tensors(value)]
+                seen[path] = clones(value)
 
         return hook
 
     with contextlib.ExitStack() as hooks:
         for path, module in watched(model):
             hooks.callback(module.register_forward_hook(hook_of(path)).remove)
-        call(model, arguments)
-    return seen, [tensor.clone() for tensor in tensors(call(model, arguments))]
+        output = call(model, arguments)
+    seen.setdefault("output", clones(output))
+    return seen
+
+
+def clones(value: Any) -> List[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors(value)]
+
+
+def differing(values: Dict[str, Any], expected: Dict[str, Any]) -> List[str]:
+    """The keys of values that are not those of eager execution, where they should be."""
+    return [key for key in values if not same(values[key], expected.get(key))]
 
 
 def watched(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
@@ -186,10 +196,10 @@ def spread(seen: Iterable[str], count: int) -> List[str]:
 
 def compared(model: nn.Module, extractor: nn.Module, arguments: Any) -> str:
     """What becomes of other arguments; "wrong" is the only outcome that may not be."""
-    outcomes = []
-    for module in (model, extractor):
+    outcomes: List[Any] = []
+    for run, module in ((eager, model), (call, extractor)):
         try:
-            outcomes.append(call(module, arguments))
+            outcomes.append(run(module, arguments))
         except Exception as error:
             outcomes.append(error)
     expected, actual = outcomes
@@ -199,7 +209,7 @@ def compared(model: nn.Module, extractor: nn.Module, arguments: Any) -> str:
         return "refused"
     if isinstance(actual, Exception):
         return shortened(f"raises {type(actual).__name__}: {actual}")
-    return "equal" if same(actual["output"], expected) else "wrong"
+    return "wrong" if differing(actual, expected) else "equal"
 
 
 @torch.no_grad()
