@@ -497,3 +497,11 @@ def test_a_file_of_another_name(folder: Path) -> None:
 
 def test_help(call: Call) -> None:
     assert "PACKAGE.MODULE:CALLABLE" in call("--help")[1]
+
+
+def test_example(call: Call) -> None:
+    asking = "mymod:Branching"
+    code, out, err = call(asking, "--input", "2,4", "--example")
+    assert (code, err) == (0, "")
+    assert "_assert" in out
+    assert call(asking, "--input", "2,4")[0] == 2
