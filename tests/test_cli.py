@@ -500,8 +500,7 @@ def test_help(call: Call) -> None:
 
 
 def test_example(call: Call) -> None:
-    asking = "mymod:Branching"
-    code, out, err = call(asking, "--input", "2,4", "--example")
-    assert (code, err) == (0, "")
+    code, out, _ = call("mymod:Branching", "--input", "2,4", "--example")
+    assert code == 0
     assert "_assert" in out
-    assert call(asking, "--input", "2,4")[0] == 2
+    assert call("mymod:Branching", "--input", "2,4")[0] == 2
