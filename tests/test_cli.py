@@ -497,3 +497,10 @@ def test_a_file_of_another_name(folder: Path) -> None:
 
 def test_help(call: Call) -> None:
     assert "PACKAGE.MODULE:CALLABLE" in call("--help")[1]
+
+
+def test_example(call: Call) -> None:
+    code, out, _ = call("mymod:Branching", "--input", "2,4", "--example")
+    assert code == 0
+    assert "_assert" in out
+    assert call("mymod:Branching", "--input", "2,4")[0] == 2

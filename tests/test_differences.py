@@ -478,6 +478,21 @@ def test_d27_a_forward_of_the_instance() -> None:
     assert verdicts(model) == ["wrong", "said", "refused"]
 
 
+def test_d28_arguments_that_have_a_default() -> None:
+    def forward(self: Any, x: Any, mask: Any = None, flag: bool = False) -> Any:
+        x = x if mask is None else x + 1
+        return x * 2 if flag is False else x * 3
+
+    model = net(forward)
+    assert not same(torchvision.create_feature_extractor(model, ["mul"])(X)["mul"], model(X))
+    with pytest.warns(featx.FeatureWarning, match="its argument 'mask'"):
+        extract(model, ["mul"])
+    assert same(exact(model, "mul")(X)["mul"], model(X))
+    assert same(exact(model, "mul", example_inputs=(X, X))(X, X)["mul"], model(X, X))
+    with pytest.raises(AssertionError, match="'mask' was None"):
+        exact(model, "mul")(X, X)
+
+
 def test_d29_what_is_written_last() -> None:
     moving = stated("y = h * self.mean; self.mean.copy_(x[0]); return y * 1")
     assert verdicts(moving, "mul_1") == ["wrong", "right", "right"]

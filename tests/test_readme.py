@@ -30,7 +30,7 @@ TOX = [line for line in COMMANDS if "tox" in line]
 
 def test_blocks_were_found() -> None:
     kinds = [kind for kind, _ in BLOCKS]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 3, "": 3, "console": 2}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 4, "": 4, "console": 2}
     assert len(COMMANDS) == 6
 
 
