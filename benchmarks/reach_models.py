@@ -51,7 +51,7 @@ def torchvision_candidates(name: str) -> Candidates:
     if group == "detection" and not name.startswith("ssd"):  # the others scale images up to 800 pixels
         options.update(min_size=128, max_size=192)
     if "rcnn" in name:  # without training all scores are low
-        options.update(box_score_thresh=0.0, rpn_post_nms_top_n_test=40)
+        options.update(box_score_thresh=0.0, rpn_post_nms_top_n_test=40, box_detections_per_img=10)
     elif group == "detection":
         options.update(score_thresh=0.0, topk_candidates=40)
     if name.endswith(("googlenet", "inception_v3")):
@@ -101,7 +101,8 @@ def timm_names() -> List[str]:
 def timm_candidates(name: str) -> Candidates:
     import timm
 
-    model = timm.create_model(name)
+    is_large = re.search(r"_vit_\d+m$", name)
+    model = timm.create_model(name, **({"depth": 2} if is_large else {}))
     for size in (64, 96, 128, 224, model.default_cfg["input_size"][-1]):
         yield model, images(size)
 
