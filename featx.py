@@ -75,6 +75,7 @@ import weakref
 from typing import (
     Any,
     Callable,
+    Dict,
     Iterable,
     Iterator,
     Mapping,
@@ -2112,8 +2113,10 @@ class DualGraphModule(fx.GraphModule):
         if train != evaluation:
             methods = {"_featx_train": train, "_featx_eval": evaluation}
             methods["forward"] = _dispatcher(self.train_graph, train)
+        self._methods = _Methods()
         for name, code in methods.items():
-            _define(self, name, code)
+            self._methods[name] = _compiled(name, code)
+            setattr(type(self), name, self._methods[name])
         return train if self.training else evaluation
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -2146,7 +2149,11 @@ class DualGraphModule(fx.GraphModule):
         type(self).__name__ = vars(self).pop("class_name")
         self.train_graph = _unpack(state["train_graph"])
         self.eval_graph = _unpack(state["eval_graph"])
-        self.recompile()
+        self.train_graph.owning_module = self.eval_graph.owning_module = self
+        if not self._methods:
+            self.recompile()
+        for name, method in self._methods.items():
+            setattr(type(self), name, method)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each instance has a class of its own; below it is the real one.
@@ -2234,20 +2241,31 @@ def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
 _file_numbers = itertools.count()
 
 
-def _define(module: DualGraphModule, method: str, code: _Code) -> None:
-    """Make code a method of the module's own class.
-
-    While the module lives, tracebacks find the source that is shown.
-    """
+def _compiled(name: str, code: _Code) -> Any:
+    """Code as a method; while it is in use, tracebacks find the source that is shown."""
     filename = f"<featx {next(_file_numbers)}>"
-    shown = code.src.replace("def forward(", f"def {method}(", 1)
-    run = code.run.replace("def forward(", f"def {method}(", 1)
+    shown = code.src.replace("def forward(", f"def {name}(", 1)
+    run = code.run.replace("def forward(", f"def {name}(", 1)
     lines = shown.splitlines(keepends=True)
     linecache.cache[filename] = (len(shown), None, lines, filename)
-    weakref.finalize(module, linecache.cache.pop, filename, None)
     namespace = dict(code.globals)
     exec(compile(run, filename, "exec", dont_inherit=True), namespace)
-    setattr(type(module), method, namespace[method])
+    method = namespace[name]
+    weakref.finalize(method, linecache.cache.pop, filename, None)
+    return method
+
+
+class _Methods(Dict[str, Any]):
+    """The compiled methods of a module: its copies share them, its pickles have none."""
+
+    def __copy__(self) -> _Methods:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> _Methods:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Methods, ()
 
 
 class _Reference(str):
