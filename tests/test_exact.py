@@ -39,7 +39,6 @@ from tests.nets import (
     Block,
     Rectifying,
     build,
-    build_on_meta,
     build_with_input,
     linear,
     misleading,
@@ -133,21 +132,6 @@ def test_warnings_for_all_modules_of_a_model(name: str) -> None:
         assert len(queries) > 10
         changed = {query for query in queries if not same(values[query], seen[query][0])}
         assert changed <= set(said) <= changed | believed(said)
-
-
-STAGES = {
-    "resnet18": ["layer1", "layer2", "layer3", "layer4", "avgpool", "fc"],
-    "vgg16_bn": ["features", "classifier", *(f"features.{at}" for at in (6, 13, 23, 33, 43))],
-    "densenet121": [f"features.{part}" for part in ("pool0", "denseblock1", "transition1", "denseblock4")],
-    "swin_t": [f"features.{at}" for at in range(8)],
-    "efficientnet_b0": [f"features.{at}" for at in range(9)],
-}
-
-
-@zoo
-@parametrize("name", STAGES)
-def test_no_warning_for_stages(name: str) -> None:
-    extract(build_on_meta(name), STAGES[name])
 
 
 # --- names ---
@@ -265,24 +249,6 @@ def test_what_is_changed_after_it_was_returned() -> None:
     features = check_modules(model, ["inner", "inner.fc", "last"])
     assert list(features["inner"]) == ["hidden", "list"]
     assert equal(features["last"], model.last(torch.zeros(3, 4)))
-
-
-@zoo
-def test_structures_of_the_zoo() -> None:
-    model, x = build_with_input("googlenet")
-    own = run(model.train(), x)
-    value = run(exact(model, *in_its_mode(model, ["output"])), x)["output"]
-    assert type(value) is type(own)
-    assert same(tuple(value), tuple(own))
-    assert equal(value.aux_logits1, own.aux_logits1)
-    model, x = build_with_input("lraspp_mobilenet_v3_large")
-    seen = returned(model.eval(), x)["backbone"][0]
-    features = run(exact(model, ["backbone", "output", "classifier"]), x)
-    assert list(seen) == ["low", "high"]
-    assert same(features["backbone"], dict(seen))
-    assert isinstance(features["output"], dict)
-    text = warned(model, ["backbone"])[1]["backbone"]
-    assert "is the value of the operation" in text or "is the value of the module" in text
 
 
 def not_called(model: nn.Module, path: str) -> None:
