@@ -222,7 +222,25 @@ def build(name: str) -> nn.Module:
         options["weights_backbone"] = None
     if name.endswith(("googlenet", "inception_v3")):
         options["init_weights"] = False
-    return get_model(name, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("normal_", "uniform_", "erfinv_"):
+            patch.setattr(torch.Tensor, method, repeating(getattr(torch.Tensor, method)))
+        return get_model(name, **options)
+
+
+def repeating(fill: Callable[..., torch.Tensor], size: int = 65_521) -> Callable[..., torch.Tensor]:
+    """What draws a few numbers and repeats them: to draw all of a large model takes longer than to run it."""
+
+    def filled(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if tensor.numel() > size and tensor.is_contiguous():
+            flat = tensor.view(-1)
+            few = fill(flat[:size], *arguments, **options)
+            for part in flat[size:].split(size):
+                part.copy_(few[: len(part)])
+            return tensor
+        return fill(tensor, *arguments, **options)
+
+    return filled
 
 
 def build_with_input(name: str) -> tuple[nn.Module, torch.Tensor]:
