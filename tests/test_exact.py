@@ -348,13 +348,13 @@ def test_attributes_of_tensors() -> None:
 @parametrize("kind", IN_PLACE)
 def test_each_way_of_writing_in_place(kind: str) -> None:
     model = writes_in_place(kind).eval()
-    queries = ["linear", eval_names(model, exact=True)[-1]]
+    queries = ["fc", eval_names(model, exact=True)[-1]]
     features = check_modules(model, queries)
     assert equal(features[queries[1]], run(model))
     _, said = warned(model, queries)
-    assert list(said) == ["linear"]
-    assert "is overwritten in place by" in said["linear"]
-    assert not warned(model, ["linear"])[1], "alone it is not overwritten: nothing after it runs"
+    assert list(said) == ["fc"]
+    assert "is overwritten in place by" in said["fc"]
+    assert not warned(model, ["fc"])[1], "alone it is not overwritten: nothing after it runs"
 
 
 def test_a_write_inside_of_a_module_is_part_of_what_it_returns() -> None:

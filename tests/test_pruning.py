@@ -74,16 +74,16 @@ def test_drawn_nodes_of_models_with_unassigned_writes(name: str, rng: random.Ran
 def test_a_write_is_kept_while_something_later_reads_the_memory(kind: str) -> None:
     model = writes_in_place(kind).eval()
     expected = run(model)
-    untouched = run(model.linear)
+    untouched = run(model.fc)
     assert not equal(expected, untouched), "the write makes no difference, so this net shows nothing"
     last = eval_names(model)[-1]
     actual = run(extract(model, [last, "output"]))
     assert equal(actual[last], expected)
     assert equal(actual["output"], expected)
     # The requested value is no reader: alone, it is what it was when it was made, and the write is not run.
-    alone = extract(model, "linear")
-    assert operations(alone) == ["linear"]
-    assert equal(run(alone)["linear"], untouched)
+    alone = extract(model, "fc")
+    assert operations(alone) == ["fc"]
+    assert equal(run(alone)["fc"], untouched)
 
 
 def operations(extractor: Any) -> list[Any]:
