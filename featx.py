@@ -75,6 +75,7 @@ import weakref
 from typing import (
     Any,
     Callable,
+    Dict,
     Iterable,
     Iterator,
     Mapping,
@@ -1289,25 +1290,58 @@ def _set_mode(model: nn.Module, mode: str) -> None:
 
 def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     """See that the graph gives for the example what the model gives, bit for bit."""
-    traced = DualGraphModule(model, tracer.graph, tracer.graph)
-    leaves = []
+    calls = [node for node in tracer.graph.nodes if node.op == "call_module"]
+    paths = dict.fromkeys(str(node.target) for node in calls)
     try:
         tracer.leave_caches()
-        call = (), tracer.given
-        for run, arguments in ((model, tracer.example), (traced, call)):
-            args, kwargs = _clone_nested(arguments)
-            with _unchanged(model), torch.no_grad():
-                _set_mode(model, mode)
-                leaves.append(tree_flatten(run(*args, **kwargs))[0])
-            tracer.put_back()
-        expected, found = leaves
-        assert len(found) == len(expected), f"{len(found)} values, not {len(expected)}"
-        for value, own in zip(found, expected):
-            if isinstance(own, torch.Tensor):
-                torch.testing.assert_close(value, own, rtol=0, atol=0, equal_nan=True)
+        difference = _first_difference(model, mode, tracer, ())
+        if difference:  # once more, to see where it begins
+            difference = _first_difference(model, mode, tracer, paths) or difference
+            raise fx.proxy.TraceError(f"its graph gives something else than it does: {difference}")
     except Exception as error:
-        reason = f"with the example its graph is not what the model is: {error}"
+        reason = f"with the example, {type(error).__name__}: {error}"
         raise UntraceableError("", type(model), reason) from error
+
+
+def _first_difference(
+    model: nn.Module, mode: str, tracer: NodePathTracer, paths: Iterable[str]
+) -> str:
+    """Where a model and its graph differ: in a module with one of the paths, or in the output."""
+    traced = DualGraphModule(model, tracer.graph, tracer.graph)
+    values: list[list[tuple[str, Any]]] = [[], []]
+    calls = (model, tracer.example), (traced, ((), tracer.given))
+    for seen, (module, arguments) in zip(values, calls):
+        args, kwargs = _clone_nested(arguments)
+        with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as hooks:
+            _set_mode(model, mode)
+            for path in paths:
+                hook = functools.partial(_note_value, seen, path)
+                hooks.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+            seen.append(("the output", module(*args, **kwargs)))
+        tracer.put_back()
+    for (path, expected), (_, found) in zip(*values):
+        difference = _difference(expected, found)
+        if difference:
+            return f"{path}: {difference}"
+    return ""
+
+
+def _note_value(seen: list[tuple[str, Any]], path: str, *call: Any) -> None:
+    seen.append((f"the module {path!r}", _clone_nested(call[-1])))
+
+
+def _difference(expected: Any, found: Any) -> str:
+    """How two trees of tensors differ; a graph holds no classes of dicts."""
+    (leaves, _), (others, _) = tree_flatten(expected), tree_flatten(found)
+    if len(leaves) != len(others):
+        return f"{len(others)} values in place of {len(leaves)}"
+    for leaf, other in zip(leaves, others):
+        if isinstance(leaf, torch.Tensor):
+            try:
+                torch.testing.assert_close(other, leaf, rtol=0, atol=0, equal_nan=True)
+            except AssertionError as error:
+                return str(error)
+    return ""
 
 
 def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
@@ -2079,8 +2113,10 @@ class DualGraphModule(fx.GraphModule):
         if train != evaluation:
             methods = {"_featx_train": train, "_featx_eval": evaluation}
             methods["forward"] = _dispatcher(self.train_graph, train)
+        self._methods = _Methods()
         for name, code in methods.items():
-            _define(self, name, code)
+            self._methods[name] = _compiled(name, code)
+            setattr(type(self), name, self._methods[name])
         return train if self.training else evaluation
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -2113,7 +2149,11 @@ class DualGraphModule(fx.GraphModule):
         type(self).__name__ = vars(self).pop("class_name")
         self.train_graph = _unpack(state["train_graph"])
         self.eval_graph = _unpack(state["eval_graph"])
-        self.recompile()
+        self.train_graph.owning_module = self.eval_graph.owning_module = self
+        if not self._methods:
+            self.recompile()
+        for name, method in self._methods.items():
+            setattr(type(self), name, method)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each instance has a class of its own; below it is the real one.
@@ -2201,20 +2241,31 @@ def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
 _file_numbers = itertools.count()
 
 
-def _define(module: DualGraphModule, method: str, code: _Code) -> None:
-    """Make code a method of the module's own class.
-
-    While the module lives, tracebacks find the source that is shown.
-    """
+def _compiled(name: str, code: _Code) -> Any:
+    """Code as a method; while it is in use, tracebacks find the source that is shown."""
     filename = f"<featx {next(_file_numbers)}>"
-    shown = code.src.replace("def forward(", f"def {method}(", 1)
-    run = code.run.replace("def forward(", f"def {method}(", 1)
+    shown = code.src.replace("def forward(", f"def {name}(", 1)
+    run = code.run.replace("def forward(", f"def {name}(", 1)
     lines = shown.splitlines(keepends=True)
     linecache.cache[filename] = (len(shown), None, lines, filename)
-    weakref.finalize(module, linecache.cache.pop, filename, None)
     namespace = dict(code.globals)
     exec(compile(run, filename, "exec", dont_inherit=True), namespace)
-    setattr(type(module), method, namespace[method])
+    method = namespace[name]
+    weakref.finalize(method, linecache.cache.pop, filename, None)
+    return method
+
+
+class _Methods(Dict[str, Any]):
+    """The compiled methods of a module: its copies share them, its pickles have none."""
+
+    def __copy__(self) -> _Methods:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> _Methods:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Methods, ()
 
 
 class _Reference(str):

@@ -30,6 +30,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {vision}, FEATX_SEED={_seed()}"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All lines of featx run without the zoo, other tools and what is drawn, in which to note them takes minutes."""
+    for item in items if config.pluginmanager.hasplugin("pytest_cov") else ():
+        if item.get_closest_marker("zoo") or item.path.stem in ("test_ecosystem", "test_properties"):
+            item.add_marker("no_cover")
+
+
 def _seed() -> int:
     """Drawn afresh for each run; the same in all workers of a run."""
     return int(os.environ.setdefault("FEATX_SEED", str(random.SystemRandom().randrange(2**32))))

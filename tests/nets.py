@@ -102,44 +102,36 @@ class Rectifying(nn.Module):
 
 
 # What a forward does to its value y before it returns y * 1; each is dropped by a plain dead-code pass.
-IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
-    "module": lambda self, y: self.relu(y),
-    "function_keyword": lambda self, y: F.relu(y, inplace=True),
-    "function_position": lambda self, y: F.hardtanh(y, -0.1, 0.1, True),
-    "function_underscore": lambda self, y: torch.relu_(y),
-    "method": lambda self, y: y.add_(1),
-    "slice": lambda self, y: y[:, 0].fill_(7),
-    "view": lambda self, y: y.view(-1).mul_(2),
-    "view_of_view": lambda self, y: y.view(-1)[1:].unsqueeze(0).clamp_(min=0),
-    "transposed_attribute": lambda self, y: y.T.mul_(3),
-    "data": lambda self, y: y.data.zero_(),
-    "flatten_module": lambda self, y: self.flatten(y).neg_(),
-    "dropout_in_eval": lambda self, y: F.dropout(y, 0.5, False).add_(1),
-    "dropout_module_in_eval": lambda self, y: self.dropout(y).add_(1),
-    "identity": lambda self, y: self.identity(y).add_(1),
-    "detached": lambda self, y: y.detach().mul_(2),
-    "out": lambda self, y: torch.neg(y.detach(), out=y.detach()),
-    "copy": lambda self, y: y.copy_(torch.ones_like(y)),
-    "stack_of_writes": lambda self, y: (y.add_(1), y.mul_(2), y.sub_(3)),
-    "same_dtype": lambda self, y: y.to(torch.float32).add_(1),
-    "same_type": lambda self, y: y.type_as(y).add_(1),
-    "reshape": lambda self, y: y.reshape(2, -1).add_(1),
-    "expand": lambda self, y: y[None].squeeze(0).add_(1),
+IN_PLACE = {
+    "module": "self.relu(y)",
+    "function_keyword": "F.relu(y, inplace=True)",
+    "function_position": "F.hardtanh(y, -0.1, 0.1, True)",
+    "function_underscore": "torch.relu_(y)",
+    "method": "y.add_(1)",
+    "slice": "y[:, 0].fill_(7)",
+    "view": "y.view(-1).mul_(2)",
+    "view_of_view": "y.view(-1)[1:].unsqueeze(0).clamp_(min=0)",
+    "transposed_attribute": "y.T.mul_(3)",
+    "data": "y.data.zero_()",
+    "flatten_module": "self.flatten(y).neg_()",
+    "dropout_in_eval": "F.dropout(y, 0.5, False).add_(1)",
+    "dropout_module_in_eval": "self.dropout(y).add_(1)",
+    "identity": "self.identity(y).add_(1)",
+    "detached": "y.detach().mul_(2)",
+    "out": "torch.neg(y.detach(), out=y.detach())",
+    "copy": "y.copy_(torch.ones_like(y))",
+    "stack_of_writes": "(y.add_(1), y.mul_(2), y.sub_(3))",
+    "same_dtype": "y.to(torch.float32).add_(1)",
+    "same_type": "y.type_as(y).add_(1)",
+    "reshape": "y.reshape(2, -1).add_(1)",
+    "expand": "y[None].squeeze(0).add_(1)",
 }
 
 
 def writes_in_place(kind: str) -> nn.Module:
-    """``y = linear(x)``, then an unassigned in-place write of a kind into y, then ``y * 1``."""
-    write = IN_PLACE[kind]
-
-    def forward(self: Any, x: Any) -> Any:
-        y = self.linear(x)
-        write(self, y)
-        return y * 1
-
-    return net(
-        forward,
-        linear=linear(),
+    """``y = fc(x)``, then an unassigned in-place write of a kind into y, then ``y * 1``."""
+    return stated(
+        f"y = h; {IN_PLACE[kind]}; return y * 1",
         relu=nn.ReLU(inplace=True),
         flatten=nn.Flatten(0),
         dropout=nn.Dropout(0.5),
@@ -222,7 +214,25 @@ def build(name: str) -> nn.Module:
         options["weights_backbone"] = None
     if name.endswith(("googlenet", "inception_v3")):
         options["init_weights"] = False
-    return get_model(name, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("normal_", "uniform_", "erfinv_"):
+            patch.setattr(torch.Tensor, method, repeating(getattr(torch.Tensor, method)))
+        return get_model(name, **options)
+
+
+def repeating(fill: Callable[..., torch.Tensor], size: int = 65_521) -> Callable[..., torch.Tensor]:
+    """What draws a few numbers and repeats them: to draw all of a large model takes longer than to run it."""
+
+    def filled(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if tensor.numel() > size and tensor.is_contiguous():
+            flat = tensor.view(-1)
+            few = fill(flat[:size], *arguments, **options)
+            for part in flat[size:].split(size):
+                part.copy_(few[: len(part)])
+            return tensor
+        return fill(tensor, *arguments, **options)
+
+    return filled
 
 
 def build_with_input(name: str) -> tuple[nn.Module, torch.Tensor]:

@@ -177,6 +177,47 @@ class Dice:
         return torch.rand(4)
 
 
+# What a forward does with a value v, another one w, a dict that it is given, and what is its own.
+MET = (
+    "v += w",
+    "u = v; u *= w",
+    "u = v[:, :2]; u -= 1",
+    "u = v.T; u /= 2",
+    "v[0] = w[1]",
+    "v[0] += w[1]",
+    "v.data = w * 2",
+    "v = torch.zeros(2, 4); v += w",
+    "v = torch.ones(2, 4); v[:1] = w[:1]",
+    "v = w * torch.zeros(2, 4).add_(v)",
+    "v = v + self.mean",
+    "v = v / self.steps",
+    "v = v + self.keeper.kept",
+    "v = self.keeper(v)",
+    "self.mean.copy_(v[0])",
+    "self.mean.lerp_(v[0], 0.5)",
+    "self.mean += v[0]",
+    "self.mean[0] = v[0, 1]",
+    "self.mean[0] = 0.5",
+    "self.mean[:2].add_(v[0, :2])",
+    "self.mean.data.mul_(0.5)",
+    "self.mean = self.mean + v[0]",
+    "self.steps += 1",
+    "self.steps.add_(1)",
+    "self.steps = self.steps + 1",
+    "box.update(k=v)",
+    "v = box.setdefault('k', v) * 1",
+    "box['k'] = v",
+    "v = box['k'] * 1",
+    "v = box['l'][0] * 1",
+    "box['l'].append(v)",
+    "box['l'].insert(0, v)",
+    "box['l'].reverse()",
+    "box['l'].append(box['l'].pop(0))",
+    "v = F.dropout(v, 1.0, self.training)",
+    "v = part.forward(v)",
+)
+
+
 class Failure(Exception):
     """What a plan's forward raises if it is told to."""
 
@@ -309,6 +350,13 @@ class Built(nn.Module):
     def _step_number(self, values: List[Any], number: int, operand: int) -> None:
         values.append(pick(values, operand) * self._buffer(number).mean().item())
 
+    def _step_do(self, values: List[Any], text: str, first: int, second: int) -> None:
+        modules = list(self._modules.values())
+        names = {"self": self, "torch": torch, "F": F, "box": self._box, "part": pick(modules, second)}
+        names.update(v=pick(values, first), w=pick(values, second))
+        exec(text, names)
+        values.append(names["v"])
+
     def _buffer(self, number: int) -> Any:
         """As a forward gets it: by its attribute."""
         return getattr(self, pick(list(self._buffers), number)) if self._buffers else torch.ones(4)
@@ -343,7 +391,38 @@ class BuiltShifted(Built):
         return self._run(self._note("add", x + shift))
 
 
-FORWARDS = {"x": BuiltPlain, "scale": BuiltScaled, "shift": BuiltShifted}
+class BuiltMet(Built):
+    """It has buffers, and a leaf whose hook keeps what it returned."""
+
+    def __init__(self, plan: Net) -> None:
+        super().__init__(plan)
+        self.register_buffer("mean", torch.ones(4))
+        self.register_buffer("steps", torch.tensor(1))
+        self.keeper = linear()
+        self.keeper.register_forward_hook(self.keep)
+        self.keep(self.keeper, (), self.mean)
+
+    def keep(self, module: nn.Module, inputs: Any, value: torch.Tensor) -> None:
+        with torch.enable_grad():
+            vars(module)["kept"] = value.detach().clone().requires_grad_() * 1
+
+    def forward(self, x: Any, box: Any = None) -> Any:
+        self._box = {"k": x, "l": [x, x]} if box is None else box
+        return self._run(x)
+
+
+class BuiltCalling(BuiltMet):
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return super().__call__(*arguments, **keywords) + 1
+
+
+FORWARDS = {
+    "x": BuiltPlain,
+    "scale": BuiltScaled,
+    "shift": BuiltShifted,
+    "met": BuiltMet,
+    "calling": BuiltCalling,
+}
 
 
 def build(plan: Net) -> Built:
@@ -559,4 +638,24 @@ def losing_plans(depth: int = 2) -> st.SearchStrategy[Net]:
         tuples_of(losing_steps(), 2, 6),
         step("one", OPERANDS),
         st.just("x"),
+    )
+
+
+def met_steps(depth: int = 1) -> st.SearchStrategy[Tuple[Any, ...]]:
+    inner = tuples_of(met_steps(depth - 1), 0, 3) if depth else st.just(())
+    met = step("do", st.sampled_from(MET), OPERANDS, OPERANDS)
+    return st.one_of(met, USE, apply(PURE), met, apply(VIEWS), apply(WRITES), met, step("mode", inner, inner))
+
+
+def met_plans(depth: int = 2) -> st.SearchStrategy[Net]:
+    """Plans of modules that keep something from call to call, or change what is not theirs."""
+    inside = [st.sampled_from(PURE_LEAVES), st.sampled_from(["relu_", "dropout_", "doubling"]), st.integers(0, 5)]
+    if depth:
+        inside.append(met_plans(depth - 1))
+    return st.builds(
+        Net,
+        named_members(PLAIN_NAMES.filter(is_possible), st.one_of(inside)),
+        tuples_of(met_steps(), 2, 6),
+        step("one", OPERANDS),
+        st.sampled_from(["met", "met", "met", "calling"]),
     )

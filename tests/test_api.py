@@ -11,8 +11,8 @@ from torch import equal, nn
 from torch.nn import Sequential
 
 from tests import featx
-from tests.helpers import X, eval_names, extract, feature, feature_extraction, node_names, parametrize, same
-from tests.nets import blocks, linear, net
+from tests.helpers import X, eval_names, extract, feature, feature_extraction, node_names, parametrize
+from tests.nets import linear, net
 from tests.versions import older
 
 
@@ -71,17 +71,6 @@ def test_param_shapes_constant() -> None:
     kwargs = {"param_shapes_constant": True}
     assert eval_names(model, kwargs) == ["x", "weight", "mul"]
     assert equal(feature(model, "mul", tracer_kwargs=kwargs), X * 3)
-
-
-def test_gradients_are_the_models() -> None:
-    model = blocks()
-    extractor = extract(model, "0")
-    model[0](X).sum().backward()
-    expected = [parameter.grad.clone() for parameter in model[0].parameters()]
-    model.zero_grad()
-    extractor(X)["0"].sum().backward()
-    assert same([parameter.grad for parameter in extractor.parameters()], expected)
-    assert all(parameter.grad is None for parameter in model[1].parameters())
 
 
 def test_a_module_that_is_a_leaf_and_whose_parameter_is_used_elsewhere() -> None:

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests import featx
+from tests.helpers import ROOT, parametrize
 
-ROOT = Path(__file__).parent.parent
 PHOTOGRAPH = str(ROOT / "tests" / "data" / "grace_hopper.jpg")
 RESNET, GOOGLENET, VIT = (f"torchvision.models:{name}" for name in ("resnet18", "googlenet", "vit_b_32"))
 SMALL = ["--kwargs", '{"init_weights": false}', "--input", "2,3,64,64"]  # for googlenet
@@ -187,7 +187,7 @@ LAYER = "encoder.layers.encoder_layer_0"
 BN1, LN1 = ("layer1.0.bn1", "BatchNorm2d"), (f"{LAYER}.ln_1", "LayerNorm")
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("model", "name", "target", "note"),
     [
         (RESNET, *BN1, "is overwritten in place by the module 'layer1.0.relu'."),
@@ -218,7 +218,7 @@ def test_json_and_check(call: Call, folder: Path) -> None:
     assert not [line for line in lines if re.match("-[^-]", line)]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_the_file_may_be_written_by_any_shell(call: Call, folder: Path, encoding: str) -> None:
     out = call(VIT, "--json", "--exact")[1]
     (folder / "exact.json").write_text(out, encoding)
@@ -254,7 +254,7 @@ def test_features_of_a_photograph(call: Call) -> None:
     assert [found[name] for name in STATISTICS] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [(512, 600), (1600, 1200), (300, 500)])
+@parametrize("size", [(512, 600), (1600, 1200), (300, 500)])
 def test_a_photograph_is_prepared_as_by_torchvision(size: Tuple[int, int], folder: Path) -> None:
     """Not to the bit: they round the middle to whole pixels after resizing, half a pixel at most."""
     from PIL import Image
@@ -270,7 +270,7 @@ def test_a_photograph_is_prepared_as_by_torchvision(size: Tuple[int, int], folde
     assert (found.flip(3) - expected).abs().mean() > 0.5  # so the limit can fail
 
 
-@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (300, 200)])
+@parametrize("size", [(1, 3000), (3000, 1), (1, 1), (300, 200)])
 def test_photographs_of_all_sizes(size: Tuple[int, int], folder: Path) -> None:
     from PIL import Image
 
@@ -320,7 +320,7 @@ def test_features_that_are_no_tensors(call: Call) -> None:
     assert table(call(*arguments))[1] == ["all"]
 
 
-@pytest.mark.parametrize("query", ["to_sparse", "complex", "getitem", "long"])
+@parametrize("query", ["to_sparse", "complex", "getitem", "long"])
 def test_what_a_type_has_no_statistics_for_is_left_out(call: Call, query: str) -> None:
     row = features(call("mymod:Types", query, "--input", "3,2", "--json"))[query]
     assert {"shape", "dtype"} <= set(row)
@@ -347,7 +347,7 @@ def test_checkpoint(call: Call, folder: Path) -> None:
     assert loaded["0"]["mean"] == pytest.approx(mean, rel=1e-4)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("kind", "message"),
     [
         ("build", "Weights only load failed"),
@@ -438,7 +438,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("line", WRONG)
+@parametrize("line", WRONG)
 def test_wrong_input_gets_one_line_and_exit_code_2(line: str, call: Call) -> None:
     code, out, err = call(*line.split())
     *notes, error = err.splitlines()
@@ -463,7 +463,7 @@ def test_what_a_model_prints_and_warns_of_is_no_output(call: Call) -> None:
     assert json.loads(out)["eval"] == ["input", "0", "1"]
 
 
-@pytest.mark.parametrize(("package", "option"), [("matplotlib", "--plot=x.png"), ("PIL", f"--image={PHOTOGRAPH}")])
+@parametrize(("package", "option"), [("matplotlib", "--plot=x.png"), ("PIL", f"--image={PHOTOGRAPH}")])
 def test_what_is_not_installed(package: str, option: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (package, "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -201,20 +201,6 @@ def test_export_to_a_file(extract: Extract, name: str, mode: bool, tmp_path: Pat
 # --- TorchScript ---
 
 
-@parametrize("name", ["Branches", "resnet18"])
-def test_a_scripted_extractor_from_a_file_follows_the_mode(extract: Extract, name: str, tmp_path: Path) -> None:
-    model, paths, x = case_of(name)
-    file = str(tmp_path / "extractor.pt")
-    torch.jit.script(extract(model, paths)).save(file)
-    loaded = torch.jit.load(file)
-    seen = []
-    for mode in (True, False, True):
-        # The file has statistics of its own; those of the model move in train mode.
-        loaded.load_state_dict(model.state_dict(), strict=False)
-        seen.append(check(loaded.train(mode), model.train(mode), paths, x))
-    assert differ(seen[0], seen[1]), "the modes do not differ, so this shows nothing"
-
-
 def test_jit_trace_and_freeze(extract: Extract) -> None:
     model = blocks().eval()
     extractor = extract(model, BLOCKS)

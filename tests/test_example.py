@@ -359,9 +359,18 @@ def test_the_error_names_the_example_first() -> None:
 
 def test_an_example_that_shows_a_difference() -> None:
     model = stated("v = h[:, :2]; v += 1; return h * 1")
-    with pytest.raises(featx.UntraceableError, match="not what the model is"):
-        extract_quietly(model, "output", example_inputs=(X,))
     assert agree(exact(model, "output", example_inputs=(X,)), model, X)
+    with pytest.raises(featx.UntraceableError, match="something else than it does: the output: .*not equal"):
+        extract_quietly(model, "output", example_inputs=(X,))
+    model = Sequential(linear(), model, linear(), nn.ReLU())
+    with pytest.raises(featx.UntraceableError, match="something else than it does: the module '2': "):
+        extract_quietly(model, "output", example_inputs=(X,))
+
+
+def test_a_structure_that_differs() -> None:
+    model = net(lambda self, x: [x] * (1 + fx._symbolic_trace.is_fx_tracing()))
+    with pytest.raises(featx.UntraceableError, match="the output: 2 values in place of 1"):
+        extract(model, "output", example_inputs=(X,))
 
 
 class OnlyIn(nn.Module):

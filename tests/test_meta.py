@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,9 +12,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
-from tests.versions import older
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT, parametrize
+from tests.versions import older, version
 
 RESTORE_BETWEEN, RESTORE_AT_THE_END = "finally:\n            settle()", "undo.callback(restore)"
 VERSION = '__version__ = "0.1.0"\n'
@@ -626,10 +624,7 @@ SIGNS = {"AssertionError", "Failed", "UserWarning", "FeatureWarning", "NodeNameE
 RUNNER = """
 import gc, json, os, signal, sys
 import hypothesis, pytest, torch
-try:
-    import torchvision.models  # as when the whole suite runs
-except ImportError:
-    pass
+import torchvision.models  # as when the whole suite runs
 
 class Failures:
     def __init__(self):
@@ -656,7 +651,12 @@ for line in sys.stdin:
     print(flush=True)
 """
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runner forks")
+# A fault is one with all versions; the runner forks, and the count of tokens is that of Python before 3.12.
+IS_ELSEWHERE = older(torch="2.14") or not (version("torchvision") and hasattr(os, "fork"))
+pytestmark = pytest.mark.skipif(
+    IS_ELSEWHERE or hasattr(tokenize, "FSTRING_START"),
+    reason="faults are looked for once, with the versions of tox's newest",
+)
 
 
 @pytest.fixture(scope="module")
@@ -682,27 +682,9 @@ def run(runner: subprocess.Popen[str], folder: Path, name: str, source: str, tes
     return code, failures, output
 
 
-def lacks(test: str) -> str:
-    """What a test needs that is not there."""
-    if test.startswith("test_cli.py") and importlib.util.find_spec("torchvision") is None:
-        return "torchvision"
-    if test.endswith("compiled_run_themselves") and older(torch="2.2"):
-        return "modules with compile()"
-    if test.startswith("test_shape.py") and hasattr(tokenize, "FSTRING_START"):
-        return "f-strings that are one token"
-    if test.endswith("not_taken[compile]") and older(torch="2.0"):
-        return "torch.compile"
-    of_buffers = ("the_one_before", "assigned_is_said_refused_or_right", "[an operator-False]")
-    if test.endswith(of_buffers) and older(torch="2.14"):
-        return "proxies in place of buffers"
-    return "a torch.export that runs forward" if "export" in test and older(torch="2.14") else ""
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault: str, runner: subprocess.Popen[str], tmp_path: Path) -> None:
     test, edits = FAULTS[fault]
-    if lacks(test):
-        pytest.skip(f"{test} needs {lacks(test)}")
     source = (ROOT / "featx.py").read_text(encoding="utf-8")
     for old, new in edits.items():
         assert source.count(old) == 1, f"featx.py changed, and so must this table: {source.count(old)} times {old!r}"
@@ -716,7 +698,7 @@ def test_a_fault_is_noticed(fault: str, runner: subprocess.Popen[str], tmp_path:
 
 
 def test_nothing_is_noticed_where_nothing_is_broken(runner: subprocess.Popen[str], tmp_path: Path) -> None:
-    tests = sorted({f"tests/{test}" for test, _ in FAULTS.values() if not lacks(test)})
+    tests = sorted({f"tests/{test}" for test, _ in FAULTS.values()})
     source = (ROOT / "featx.py").read_text(encoding="utf-8")
     code, failures, output = run(runner, tmp_path, "whole_featx", source, tests)
     assert (code, failures) == (0, []), output

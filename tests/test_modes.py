@@ -83,12 +83,6 @@ def test_the_attribute_set_by_hand() -> None:
     assert list(extractor(X)) == ["head", "aux"]
 
 
-def test_a_parents_mode() -> None:
-    parent = Sequential(make_apart())
-    assert list(parent.eval()(X)) == ["head", "mul"]
-    assert list(parent.train()(X)) == ["head", "aux"]
-
-
 def test_one_graph_for_both_modes_needs_no_choice() -> None:
     extractor = extract(Block(), "add")
     assert "_featx_train" not in vars(type(extractor))
@@ -150,15 +144,9 @@ def test_copies_keep_what_was_noted_at_nodes(how: Callable[[Any], Any]) -> None:
 
 def test_copies_are_independent() -> None:
     extractor = make().eval()
-    twin = copy.deepcopy(extractor)
-    twin.train()
-    twin.head.weight.data.zero_()
-    twin.register_forward_hook(mark)
+    twin = copy.copy(extractor)
+    twin.train().register_forward_hook(mark)
     assert not extractor.training
-    assert extractor.head.weight.abs().sum() > 0
-    assert list(extractor(X)) == ["b", "h", "o"]
-    shallow = copy.copy(extractor)
-    shallow.register_forward_hook(mark)
     assert list(extractor(X)) == ["b", "h", "o"]
 
 
@@ -194,9 +182,13 @@ def test_script_follows_the_mode() -> None:
     # With gradients: without them the oldest torch draws other numbers in a script.
     check_flips(lambda: seeded(scripted, X), lambda: seeded(extractor, X), scripted, extractor)
     buffer = io.BytesIO()
-    torch.jit.save(scripted.eval(), buffer)
+    torch.jit.save(scripted, buffer)
     buffer.seek(0)
-    assert same(run(torch.jit.load(buffer)), run(extractor.eval()))
+    loaded = torch.jit.load(buffer)
+    for mode in MODES:
+        # The file has statistics of its own; those of the extractor move in train mode.
+        loaded.load_state_dict(extractor.state_dict(), strict=False)
+        assert same(seeded(loaded.train(mode), X), seeded(extractor.train(mode), X))
 
 
 @needs("torch.compile", torch="2.0")
@@ -440,39 +432,6 @@ def test_quantization_swaps_leaves() -> None:
     assert type(converted.get_submodule("0.0")).__module__.startswith("torch.ao.nn.quantized")
     quantized = torch.quantize_per_tensor(torch.rand(2, 3, 8, 8), 1 / 128, 0, torch.quint8)
     assert converted(quantized)["1"].is_quantized
-
-
-def test_weights_that_are_assigned_or_moved() -> None:
-    extractor = extract(Sequential(Block()), ["0"])
-    other = extract(Sequential(Block()), ["0"])
-    options = {} if older(torch="2.1") else {"assign": True}
-    extractor.load_state_dict(other.state_dict(), **options)
-    assert equal(extractor(X)["0"], other(X)["0"])
-    assert extractor.to(torch.float64)(X.double())["0"].dtype == torch.float64
-
-
-def test_quantization_of_an_extractor() -> None:
-    model = Sequential(Sequential(linear(), nn.ReLU()), linear()).eval()
-    extractor = extract(model, ["0", "1"])
-    before = extractor(X)["1"]
-    quantized = torch.ao.quantization.quantize_dynamic(extractor, {nn.Linear}, dtype=torch.qint8)
-    after = quantized(X)["1"]
-    assert not equal(after, before)
-    assert torch.allclose(after, before, atol=0.1)
-
-
-def test_a_plain_attribute_in_an_edited_graph() -> None:
-    extractor = extract(Sequential(linear()), "0")
-    extractor.scale = torch.ones(4) * 3
-    before = extractor(X)["0"]
-    for graph in (extractor.train_graph, extractor.eval_graph):
-        output = list(graph.nodes)[-1]
-        with graph.inserting_before(output):
-            scale = graph.create_node("get_attr", "scale")
-            scaled = graph.call_function(torch.mul, (output.args[0]["0"], scale))
-        output.args = ({"0": scaled},)
-    extractor.recompile()
-    assert equal(extractor(X)["0"], before * 3)
 
 
 def test_a_number_in_a_graph_by_hand() -> None:

@@ -17,7 +17,6 @@ from tests.helpers import (
     X,
     eval_names,
     exact,
-    extract,
     feature_extraction,
     given_names,
     in_both_modes,
@@ -25,11 +24,9 @@ from tests.helpers import (
     parametrize,
     recording,
     refused,
-    returned,
     run,
-    zoo,
 )
-from tests.nets import Block, Modes, build_with_input, net
+from tests.nets import Block, Modes, net
 from tests.versions import older
 
 
@@ -144,23 +141,6 @@ def test_leaf_modules_and_non_leaf_modules() -> None:
     assert eval_names(model, {"leaf_modules": Block}) == closed
     both = {"leaf_modules": (Block,), "non_leaf_modules": (Block,)}
     assert eval_names(model, both) == plain
-
-
-@zoo
-def test_what_is_inside_of_torchvisions_modules_can_be_asked_for() -> None:
-    ops = pytest.importorskip("torchvision.ops")
-    model, x = build_with_input("efficientnet_b0")
-    kwargs = {"non_leaf_modules": [ops.Conv2dNormActivation]}
-    extractor = extract(model.eval(), ["features.0.0"], tracer_kwargs=kwargs)
-    assert list(extractor.state_dict()) == ["features.0.0.weight"]
-    assert equal(run(extractor, x)["features.0.0"], returned(model, x)["features.0.0"][0])
-    names = set(eval_names(model, kwargs))
-    closed = set()
-    for path, module in model.named_modules():
-        if not any(module.children()) and path not in names and "stochastic" not in path:
-            closed.add(path.rpartition(".")[0])
-    modules = model.named_modules()
-    assert closed == {path for path, module in modules if isinstance(module, ops.SqueezeExcitation)}
 
 
 OPENED = {"non_leaf_modules": [nn.TransformerEncoderLayer]}

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from tests import featx
+from tests.helpers import ROOT, parametrize
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [(text, BLOCKS[i + 1]) for i, (kind, text) in enumerate(BLOCKS) if kind == "python"]
@@ -60,7 +60,7 @@ def test_python_blocks_without_torchvision() -> None:
     run(alone, {"featx": featx, "torch": torch})
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in TOX and "mypackage" not in line])
+@parametrize("command", [line for line in COMMANDS if line not in TOX and "mypackage" not in line])
 def test_commands_of_featx(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)
     if "torchvision" in command:
@@ -113,7 +113,7 @@ def test_the_readme_can_be_read_in_a_few_minutes() -> None:
     assert len(README.splitlines()) <= 200
 
 
-@pytest.mark.parametrize("folder", ["", "tests", "tests/conformance", "benchmarks"])
+@parametrize("folder", ["", "tests", "tests/conformance", "benchmarks"])
 def test_links_lead_somewhere(folder: str) -> None:
     text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):

@@ -20,19 +20,16 @@ from tests.helpers import (
     MODES,
     X,
     as_leaves,
-    by_torch_save,
     eval_names,
     exact,
     extract,
     extract_quietly,
     feature,
     heard,
-    ignored_warnings,
     in_its_mode,
     node_names,
     parametrize,
     python,
-    recording,
     refused,
     returned,
     run,
@@ -44,7 +41,7 @@ from tests.helpers import (
     without_number,
     zoo,
 )
-from tests.nets import Block, blocks, build_on_meta, linear, net
+from tests.nets import Block, blocks, build_on_meta, linear, net, stated
 from tests.versions import older
 
 ASSIGNED = "assigns or writes into a buffer"
@@ -89,102 +86,46 @@ def check_as_leaves(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------- blocks
 
 
-def no_grad(self: Any, x: Any) -> Any:
-    with torch.no_grad():
-        return self.fc(x)
-
-
-def no_grad_at_first(self: Any, x: Any) -> Any:
-    with torch.no_grad():
-        x = self.fc(x)
-    return self.fc(x)
-
-
-def no_grad_around_a_function(self: Any, x: Any) -> Any:
-    with torch.no_grad():
-        return torch.sigmoid(x)
-
-
-def set_false(self: Any, x: Any) -> Any:
-    with torch.set_grad_enabled(False):
-        return self.fc(x)
-
-
-def set_false_and_true(self: Any, x: Any) -> Any:
-    torch.set_grad_enabled(False)
-    x = self.fc(x)
-    torch.set_grad_enabled(True)
-    return self.fc(x)
-
-
-def inference(self: Any, x: Any) -> Any:
-    with torch.inference_mode():
-        return self.fc(x)
-
-
-def enable(self: Any, x: Any) -> Any:
-    with torch.enable_grad():
-        return self.fc(x)
-
-
-def set_true(self: Any, x: Any) -> Any:
-    with torch.set_grad_enabled(True):
-        return self.fc(x)
-
-
-def enable_in_no_grad(self: Any, x: Any) -> Any:
-    with torch.no_grad():
-        x = torch.sigmoid(x)
-        with torch.enable_grad():
-            return self.fc(x)
-
-
-def no_grad_in_enable(self: Any, x: Any) -> Any:
-    with torch.enable_grad(), torch.no_grad():
-        return self.fc(x)
-
-
-def cast(self: Any, x: Any) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return self.fc(x)
-
-
-def not_cast(self: Any, x: Any) -> Any:
-    with torch.autocast("cpu", enabled=False):
-        return self.fc(x)
-
-
-def not_cast_in_cast(self: Any, x: Any) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        x = self.fc(x)
-        with torch.autocast("cpu", enabled=False):
-            return self.fc(x.float())
-
-
-def cast_in_no_grad(self: Any, x: Any) -> Any:
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        return self.fc(x)
-
-
 def plain(self: Any, x: Any) -> Any:
     return self.fc(x)
 
 
 ENABLING = torch.enable_grad()(plain)
-BLOCKS: dict[str, list[Callable[..., Any]]] = {
+NO_GRAD = "with torch.no_grad(): return self.fc(x)"
+ENABLE = "with torch.enable_grad(): return self.fc(x)"
+CAST = "with torch.autocast('cpu', torch.bfloat16): return self.fc(x)"
+NOT_CAST = "with torch.autocast('cpu', enabled=False): return self.fc(x)"
+BLOCKS: dict[str, list[Any]] = {
     "grad mode": [
-        *(no_grad, no_grad_at_first, no_grad_around_a_function, set_false, set_false_and_true, inference),
-        *(enable, set_true, enable_in_no_grad, no_grad_in_enable),
-        *(torch.no_grad()(plain), ENABLING, torch.inference_mode()(plain)),
+        NO_GRAD,
+        "with torch.no_grad(): x = self.fc(x)\nreturn self.fc(x)",
+        "with torch.no_grad(): return torch.sigmoid(x)",
+        "with torch.set_grad_enabled(False): return self.fc(x)",
+        "torch.set_grad_enabled(False); x = self.fc(x); torch.set_grad_enabled(True); return self.fc(x)",
+        "with torch.inference_mode(): return self.fc(x)",
+        ENABLE,
+        "with torch.set_grad_enabled(True): return self.fc(x)",
+        "with torch.no_grad():\n x = torch.sigmoid(x)\n with torch.enable_grad(): return self.fc(x)",
+        "with torch.enable_grad(), torch.no_grad(): return self.fc(x)",
+        torch.no_grad()(plain),
+        ENABLING,
+        torch.inference_mode()(plain),
     ],
-    "torch.autocast": [cast, not_cast, not_cast_in_cast, torch.autocast("cpu", dtype=torch.bfloat16)(plain)],
+    "torch.autocast": [
+        CAST,
+        NOT_CAST,
+        "with torch.autocast('cpu', torch.bfloat16):\n x = self.fc(x)\n"
+        " with torch.autocast('cpu', enabled=False): return self.fc(x.float())",
+        torch.autocast("cpu", dtype=torch.bfloat16)(plain),
+    ],
 }
 CASES = [(kind, forward) for kind, forwards in BLOCKS.items() for forward in forwards]
 
 
-def around(forward: Callable[..., Any]) -> nn.Module:
-    """A model, its module '1' with a forward."""
-    return Sequential(linear(), net(forward, fc=linear(), scale=torch.rand(4)), nn.Identity())
+def around(forward: Any) -> nn.Module:
+    """A model, its module '1' with a forward, or the text of one, and a buffer ``scale``."""
+    make = stated if isinstance(forward, str) else net
+    return Sequential(linear(), make(forward, fc=linear(), scale=torch.rand(4)), nn.Identity())
 
 
 @parametrize(("kind", "forward"), CASES)
@@ -202,8 +143,26 @@ def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]
     assert same(extract_quietly(model, "output")(X)["output"], truth(model)["2"])  # which is what torch.fx gives
 
 
-@parametrize("forward", [forward for _, forward in CASES])
-def test_the_line(forward: Callable[..., Any]) -> None:
+def no_grad_at_last(self: Any, x: Any) -> Any:
+    x = self.fc(x)
+    with torch.no_grad():
+        return self.fc(x)
+
+
+def cast_in_no_grad(self: Any, x: Any) -> Any:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.fc(x)
+
+
+def enable_in_no_grad(self: Any, x: Any) -> Any:
+    with torch.no_grad():
+        x = torch.sigmoid(x)
+        with torch.enable_grad():
+            return self.fc(x)
+
+
+@parametrize("forward", [no_grad_at_last, cast_in_no_grad, enable_in_no_grad, torch.no_grad()(plain), ENABLING])
+def test_the_line(forward: Any) -> None:
     model = around(forward)
     lines, first = inspect.getsourcelines(forward)
     for text in (*said(model), str(refused(model, "1"))):
@@ -241,11 +200,10 @@ def test_a_block_around_inner_modules_is_the_outer_ones(block: Any) -> None:
 
 
 def test_one_warning_for_each_kind() -> None:
-    def everything(self: Any, x: Any) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return self.fc(x + torch.rand(4)) * self.scale.sqrt()
-
-    model = Sequential(around(everything), around(everything), around(no_grad))
+    everything = """
+with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): h = self.fc(x + torch.rand(4)) * self.scale.sqrt()
+return h"""
+    model = Sequential(around(everything), around(everything), around(NO_GRAD))
     messages = said(model)
     assert sorted(kinds_of(messages)) == sorted(KINDS[:4])
     assert all("module '0.1' " in message for message in messages)
@@ -254,28 +212,22 @@ def test_one_warning_for_each_kind() -> None:
 
 
 def test_one_warning_for_both_modes() -> None:
-    def forward(self: Any, x: Any) -> Any:
-        return cast(self, x) if self.training else no_grad(self, x)
-
-    assert kinds_of(said(around(forward))) == ["torch.autocast", "grad mode"]
+    body = f"if self.training:\n {CAST}\n{NO_GRAD}"
+    assert kinds_of(said(around(body))) == ["torch.autocast", "grad mode"]
     for mode, kind in zip(MODES, KINDS):
-        model = around(forward).train(mode)
+        model = around(body).train(mode)
         assert kinds_of(said(model, *in_its_mode(model, "output"))) == [kind]
 
 
 # ------------------------------------------------------------------------- what is not concerned
 
 
-def noise(self: Any, x: Any) -> Any:
-    return self.fc(x + torch.rand(4))
+NOISE = "return self.fc(x + torch.rand(4))"
+SCALE = "return self.fc(x * self.scale.sqrt())"
 
 
-def scale(self: Any, x: Any) -> Any:
-    return self.fc(x * self.scale.sqrt())
-
-
-@parametrize("forward", [no_grad, enable, cast, not_cast, noise, scale])
-def test_what_comes_before_is_not_concerned_and_what_comes_later_is(forward: Callable[..., Any]) -> None:
+@parametrize("forward", [NO_GRAD, ENABLE, CAST, NOT_CAST, NOISE, SCALE])
+def test_what_comes_before_is_not_concerned_and_what_comes_later_is(forward: str) -> None:
     def branches(self: Any, x: Any) -> Any:
         before = self.before(x)
         return self.losing(before), self.beside(before)
@@ -288,38 +240,30 @@ def test_what_comes_before_is_not_concerned_and_what_comes_later_is(forward: Cal
 
 
 def test_all_of_a_block_is_concerned() -> None:
-    def branches(self: Any, x: Any) -> Any:
-        with torch.enable_grad():
-            return self.first(x), self.second(x)
-
-    model = net(branches, first=linear(), second=linear())
+    model = stated("with torch.enable_grad(): return self.first(x), self.second(x)", first=linear(), second=linear())
     assert [len(said(model, query)) for query in ("first", "second")] == [1, 1]
 
 
 def test_a_number_concerns_all_that_comes_later() -> None:
-    def forward(self: Any, x: Any) -> Any:
-        number = self.scale.mean().item()
-        beside = torch.sigmoid(x)
-        return beside, self.fc(x) * number
-
-    model = net(forward, fc=linear(), scale=torch.rand(4))
+    body = "number = self.mean.mean().item(); beside = torch.sigmoid(x); return beside, self.fc(x) * number"
+    model = stated(body)
     for query in ("sigmoid", "mul"):
         assert kinds_of(said(model, query)) == ["buffers"]
 
 
-NOTHING: dict[str, Callable[..., Any]] = {
-    "zeros": lambda self, x: x + torch.zeros(4),
-    "arange": lambda self, x: x + torch.arange(4) * 2,
-    "tensor": lambda self, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]).sqrt(),
-    "mask": lambda self, x: x.masked_fill(torch.ones(4, 4).tril()[2] == 0, -1.0),
-    "new": lambda self, x: torch.cat([x, torch.full((3, 1), 2.0)], dim=1),
-    "integers": lambda self, x: x[:, self.index.view(-1).flip(0)],
-    "a number": lambda self, x: x * torch.tensor(3).item() * int(self.index.sum()),
-    "a buffer as it is": lambda self, x: x * self.scale,
-    "half of a buffer": lambda self, x: x[:, :2] * self.scale[:2],
-    "a view of a view": lambda self, x: x[:, :2] * self.scale.view(2, 2).t()[1],
-    "what a buffer is like": lambda self, x: x.to(self.scale.dtype) * self.scale.shape[0],
-    "a parameter": lambda self, x: x * self.weight.exp(),
+NOTHING = {
+    "zeros": "return x + torch.zeros(4)",
+    "arange": "return x + torch.arange(4) * 2",
+    "tensor": "return x * torch.tensor([1.0, 2.0, 3.0, 4.0]).sqrt()",
+    "mask": "return x.masked_fill(torch.ones(4, 4).tril()[2] == 0, -1.0)",
+    "new": "return torch.cat([x, torch.full((3, 1), 2.0)], dim=1)",
+    "integers": "return x[:, self.index.view(-1).flip(0)]",
+    "a number": "return x * torch.tensor(3).item() * int(self.index.sum())",
+    "a buffer as it is": "return x * self.scale",
+    "half of a buffer": "return x[:, :2] * self.scale[:2]",
+    "a view of a view": "return x[:, :2] * self.scale.view(2, 2).t()[1]",
+    "what a buffer is like": "return x.to(self.scale.dtype) * self.scale.shape[0]",
+    "a parameter": "return x * self.weight.exp()",
 }
 
 
@@ -327,7 +271,7 @@ NOTHING: dict[str, Callable[..., Any]] = {
 def test_no_false_alarm(case: str) -> None:
     index = torch.tensor([[1, 0], [3, 2]])
     weight = nn.Parameter(torch.rand(4))
-    model = Sequential(net(NOTHING[case], scale=torch.rand(4), index=index, weight=weight))
+    model = Sequential(stated(NOTHING[case], scale=torch.rand(4), index=index, weight=weight))
     assert equal(feature(model), model(X))
     if case != "a number":  # whose int() cannot be traced where buffers are nodes
         assert equal(feature(model, exact=True), model(X))
@@ -338,33 +282,25 @@ def test_no_false_alarm(case: str) -> None:
 
 
 # What is computed from a buffer; the model's value is multiplied by it.
-CONSTANTS: dict[str, Callable[..., Any]] = {
-    "computed": lambda scale: scale.sqrt(),
-    "twice": lambda scale: scale.sqrt().neg(),
-    "with another constant": lambda scale: torch.ones(4) / scale,
-    "half of it": lambda scale: scale[:2].repeat(2),
-    "a number": lambda scale: scale.mean().item(),
-    "data": lambda scale: scale.data.sqrt(),
-    "detached": lambda scale: scale.detach().abs(),
-    "another type": lambda scale: scale.double(),
-    "in place": lambda scale: torch.empty(4).copy_(scale),
-    "a part in place": lambda scale: put(torch.zeros(4), scale.sqrt()),
-    "complex": lambda scale: scale.abs(),
+CONSTANTS = {
+    "computed": "self.scale.sqrt()",
+    "twice": "self.scale.sqrt().neg()",
+    "with another constant": "torch.ones(4) / self.scale",
+    "half of it": "self.scale[:2].repeat(2)",
+    "a number": "self.scale.mean().item()",
+    "data": "self.scale.data.sqrt()",
+    "detached": "self.scale.detach().abs()",
+    "another type": "self.scale.double()",
+    "in place": "torch.empty(4).copy_(self.scale)",
+    "a part in place": "torch.cat([torch.zeros(4)[:2], self.scale.sqrt()[:2]])",
+    "complex": "self.scale.abs()",
 }
-
-
-def put(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    target[:2] = value[:2]
-    return target
 
 
 @parametrize("case", CONSTANTS)
 def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> None:
-    def forward(self: Any, x: Any) -> Any:
-        return x * CONSTANTS[case](self.scale)
-
     buffer = torch.rand(4, dtype=torch.complex64 if case == "complex" else None)
-    model = Sequential(linear(), net(forward, scale=buffer))
+    model = Sequential(linear(), stated(f"return h * ({CONSTANTS[case]})", scale=buffer))
     before = model(X)
     (message,) = said(model)
     assert "buffers" in message
@@ -374,7 +310,7 @@ def test_what_is_computed_from_buffers_is_said_and_exact_follows(case: str) -> N
     assert equal(default(X)["output"], before)
     state = {key: value + 0.5 for key, value in model.state_dict().items()}
     for module in (model, right):
-        module.load_state_dict({**module.state_dict(), **state})  # constants of its own stay
+        module.load_state_dict(state, strict=False)
         assert equal(right(X)["output"], model(X))
     assert not equal(model(X), before)
 
@@ -391,26 +327,19 @@ def test_views_of_buffers_follow_the_model(options: dict[str, Any]) -> None:
 
 
 def test_buffers_are_nodes() -> None:
-    model = around(scale)
+    model = around(lambda self, x: self.fc(x * self.scale.sqrt()))
     names = ["input", "0", "1._1_scale", "1.sqrt", "1.mul", "1.fc", "2"]  # as torch.fx calls parameters
     assert eval_names(model, exact=True) == names
     right = exact(model, {"1._1_scale": "scale", "1.sqrt": "root", "output": "output"})
     assert equal(right(X)["scale"], model[1].scale)
     assert sorted(right.state_dict()) == sorted(model.state_dict())
     assert right.get_buffer("1.scale") is model[1].scale
-    copied = copy.deepcopy(right)
     right.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
     assert equal(right(X)["output"], model(X))
-    assert equal(copied(X)["scale"] * 2, model[1].scale)
-    copied.double()
-    assert copied(X.double())["output"].dtype is torch.float64
-    assert equal(copied(X.double())["root"], copied.get_buffer("1.scale").sqrt())
-    assert copied.to("meta")(X.double().to("meta"))["output"].is_meta
-    assert equal(by_torch_save(right)(X)["output"], model(X))
 
 
 def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
-    model = around(scale)
+    model = around(lambda self, x: self.fc(x * self.scale.sqrt()))
     model[1].register_buffer("scale", torch.rand(4), persistent=False)
     right = exact(model, "output")
     assert list(right.state_dict()) == list(model.state_dict())
@@ -420,11 +349,7 @@ def test_a_buffer_that_is_not_saved_is_a_node_too() -> None:
 
 @pytest.mark.skipif(older(torch="2.14"), reason="a proxy cannot stand in for a buffer, so that any way is refused")
 def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
-    def forward(self: Any, x: Any) -> Any:
-        self.scale = x.mean(0) * 0.5 + 1
-        return x * self.scale
-
-    model = around(forward)
+    model = around("self.scale = x.mean(0) * 0.5 + 1; return x * self.scale")
     for query in ("input", "output"):
         assert ASSIGNED in kinds_of(said(model, query))
     refused(model, "1", ASSIGNED)
@@ -435,19 +360,19 @@ def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
         assert equal(right(X)["output"], reference(X))
 
 
-DRAWS: dict[str, Callable[..., Any]] = {
-    "rand": lambda self, x: x + torch.rand(4),
-    "randn": lambda self, x: x * torch.randn(4).abs().sqrt(),
-    "order": lambda self, x: x[:, torch.randperm(4)],
-    "normal": lambda self, x: x + torch.normal(torch.zeros(4), 1.0),
-    "integers": lambda self, x: x + torch.randint(0, 1000, (4,)),
-    "bernoulli": lambda self, x: x * torch.bernoulli(torch.full((4, 4), 0.5)).sum(0),
-    "in place": lambda self, x: x * torch.empty(4).uniform_(),
-    "a part in place": lambda self, x: x * put(torch.zeros(4), torch.rand(4)),
-    "dropout": lambda self, x: x + nn.functional.dropout(torch.ones(64)).sum(),
-    "a number": lambda self, x: x * torch.rand(1).item(),
-    "a way": lambda self, x: self.fc(x) if torch.rand(1) < 0.5 else x,
-    "an early return": lambda self, x: x if torch.rand(1) < 2 else self.fc(x),
+DRAWS = {
+    "rand": "return x + torch.rand(4)",
+    "randn": "return x * torch.randn(4).abs().sqrt()",
+    "order": "return x[:, torch.randperm(4)]",
+    "normal": "return x + torch.normal(torch.zeros(4), 1.0)",
+    "integers": "return x + torch.randint(0, 1000, (4,))",
+    "bernoulli": "return x * torch.bernoulli(torch.full((4, 4), 0.5)).sum(0)",
+    "in place": "return x * torch.empty(4).uniform_()",
+    "a part in place": "o = torch.zeros(4); o[:2] = torch.rand(2); return x * o",
+    "dropout": "return x + F.dropout(torch.ones(64)).sum()",
+    "a number": "return x * torch.rand(1).item()",
+    "a way": "return self.fc(x) if torch.rand(1) < 0.5 else x",
+    "an early return": "return x if torch.rand(1) < 2 else self.fc(x)",
 }
 
 
@@ -460,17 +385,13 @@ def test_what_is_drawn_is_said_refused_or_right(case: str) -> None:
 
 
 def test_a_draw_that_only_picks_the_output() -> None:
-    def forward(self: Any, x: Any) -> Any:
-        y = self.fc(x)
-        return y if torch.rand(1) < 2 else x
-
-    model = around(forward)[:2]
+    model = around("return h if torch.rand(1) < 2 else x")[:2]
     assert kinds_of(said(model)) == ["random numbers"]
     assert said(model, "1.fc") == []
 
 
 def test_what_is_drawn_like_the_input_is_a_node() -> None:
-    model = around(lambda self, x: self.fc(x + torch.rand_like(x)))
+    model = around("return self.fc(x + torch.rand_like(x))")
     assert said(model) == []
     right = exact(model, "output")
     assert not equal(right(X)["output"], right(X)["output"])
@@ -479,18 +400,18 @@ def test_what_is_drawn_like_the_input_is_a_node() -> None:
 # ------------------------------------------------------------------------- the model's own forward
 
 
-@parametrize("forward", [no_grad, enable, cast, noise])
-def test_the_models_own_forward(forward: Callable[..., Any]) -> None:
-    model = net(forward, body=Sequential(Block()), bad=around(no_grad), fc=linear())
+@parametrize("body", [NO_GRAD, ENABLE, CAST, NOISE])
+def test_the_models_own_forward(body: str) -> None:
+    model = stated(body, part=Sequential(Block()), bad=around(NO_GRAD))
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
     for auto_leaf in (False, True):
-        assert refused(model, "", "the model's own forward", auto_leaf=auto_leaf).traceable == ["body"]
+        assert refused(model, "", "the model's own forward", auto_leaf=auto_leaf).traceable == ["part"]
     check_as_leaves(Sequential(model))
 
 
 def test_the_model_computes_from_buffers() -> None:
-    model = net(scale, fc=linear(), scale=torch.rand(4))
+    model = stated(SCALE, scale=torch.rand(4))
     (message,) = said(model)
     assert message.startswith("the model's own forward ")
     right = exact(model, "output")
@@ -515,7 +436,7 @@ def test_a_replaced_forward_inside_is_traced() -> None:
 
 
 def test_what_other_threads_run_is_not_seen_and_not_disturbed() -> None:
-    busy = Sequential(*(around(forward) for forward in (no_grad, enable, cast_in_no_grad)))
+    busy = Sequential(*(around(forward) for forward in (NO_GRAD, ENABLE, cast_in_no_grad)))
     found: list[Any] = []
 
     def elsewhere() -> None:
@@ -545,13 +466,13 @@ def test_what_the_thread_is_in_is_no_block() -> None:
     with torch.inference_mode():
         assert said(model) == said(model, exact=True) == []
     with torch.no_grad():
-        for forward in (no_grad, enable):
+        for forward in (NO_GRAD, ENABLE):
             assert kinds_of(said(around(forward))) == ["grad mode"]
 
 
 @parametrize("exact", [False, True])
-@parametrize("forward", [plain, enable, no_grad, cast, noise, lambda self, x: self.missing(x)])
-def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
+@parametrize("forward", ["return h", ENABLE, NO_GRAD, CAST, NOISE, "self.missing"])
+def test_torch_is_as_it_was(forward: str, exact: bool) -> None:
     def state() -> list[Any]:
         blocks = [torch.enable_grad, torch.set_grad_enabled, torch.no_grad]
         modes = [torch.is_grad_enabled(), torch.is_autocast_enabled(), torch._C._len_torch_dispatch_stack()]
@@ -562,23 +483,17 @@ def test_torch_is_as_it_was(forward: Callable[..., Any], exact: bool) -> None:
     try:
         extract_quietly(model, "output", exact=exact)
     except featx.UntraceableError:
-        assert exact or "missing" in forward.__code__.co_names
+        assert exact or "missing" in forward
     assert state() == before
 
 
-@parametrize("model", [around(no_grad), around(scale), around(noise), replaced(around(plain))])
+@parametrize("model", [around(NO_GRAD), around(SCALE), around(NOISE), replaced(around(plain))])
 def test_the_warnings_can_be_silenced(model: nn.Module) -> None:
     with pytest.raises(featx.FeatureWarning):
         extract(model, "output")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=featx.FeatureWarning)
         extract(model, "output")
-
-
-def test_they_are_said_where_the_extractor_is_made() -> None:
-    with pytest.warns(featx.FeatureWarning) as caught:
-        featx.create_feature_extractor(around(no_grad), "output")
-    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_computing_while_tracing_imports_nothing() -> None:
@@ -637,52 +552,6 @@ def test_a_frozen_batch_norm_follows_its_checkpoint() -> None:
         module.load_state_dict(state)
         seen = returned(model, x)
         assert same(run(right, x), {query: seen[query][0] for query in queries})
-
-
-def test_a_frozen_body_in_a_trained_head() -> None:
-    models = pytest.importorskip("torchvision.models")
-    body = net(no_grad, fc=models.resnet18(weights=None, num_classes=8))
-    model = Sequential(body, Block(8), nn.Linear(8, 2)).eval()
-    right = as_leaves(model, ["0", "output"])
-    x = torch.rand(2, 3, 64, 64)
-    parameters = list(model.parameters())
-
-    def gradients(value: torch.Tensor) -> list[Any]:
-        return list(torch.autograd.grad(value.square().sum(), parameters, allow_unused=True))
-
-    expected = gradients(model(x))
-    assert [gradient is None for gradient in expected] == [True] * (len(parameters) - 6) + [False] * 6
-    assert same(gradients(right(x)["output"]), expected)
-    assert None not in gradients(extract_quietly(model, "output")(x)["output"])
-    assert not right(x)["0"].requires_grad
-
-
-def test_autocast_in_one_block_of_a_vit() -> None:
-    vit = pytest.importorskip("torchvision.models.vision_transformer")
-
-    class CastBlock(vit.EncoderBlock):  # type: ignore[misc]
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return super().forward(input)
-
-    model = vit.VisionTransformer(32, 16, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3).eval()
-    path = "encoder.layers.encoder_layer_1"
-    model.get_submodule(path).__class__ = CastBlock
-    (message,) = said(model)
-    assert f"module {path!r} " in message
-    x = torch.rand(2, 3, 32, 32)
-    with ignored_warnings():
-        names = eval_names(model, exact=True, auto_leaf=True)
-    with recording(model) as calls:  # with gradients: without them torch 1.13 fails in its fast way of attention
-        seeded(model, x)
-    first: dict[str, Any] = {}
-    for query, value in calls:
-        first.setdefault(query, value)
-    expected = {query: value for query, value in first.items() if query in [*names, ""]}
-    assert path in expected
-    assert path + ".mlp.0" not in expected
-    assert same(seeded(as_leaves(model, {query or "output": query for query in expected}), x), expected)
-    assert not same(seeded(extract_quietly(model, path), x)[path], expected[path])
 
 
 # ----------------------------------------------------------------------------------------- the zoo
