@@ -1526,8 +1526,10 @@ def _find_features(
     """The value of each query, in execution order."""
     tracer = tracers[mode]
     answers = _answers(tracer)
+    # Of values that are read after one node, the inner module's comes first, as in the answers.
+    order = {query: position for position, query in enumerate(answers)}
     features: dict[str, _Feature] = {}
-    for query in queries:
+    for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
         if query in answers:
             features[query] = answers[query]
         elif query == "output" or tracer.error:
@@ -1672,6 +1674,7 @@ def _staying(
     needed: set[fx.Node] = set()
     # The memories that are read later; the next call reads the model's state.
     live = {memory[node] for node in operations if operations[node].kind == "get_attr"}
+    changing: set[_Memory] = set()  # the memories that are written into later
 
     def read(values: Iterable[fx.Node]) -> None:
         needed.update(values)
@@ -1684,8 +1687,12 @@ def _staying(
         if position > end and kind != "placeholder":
             continue
         read(reads.get(position, ()))
-        if kind == "replaced" and memory[inputs[0]] in live:
-            missed = node
+        changing.update(memory[written] for written in writes)
+        if kind == "replaced":
+            shared = memory[inputs[0]]
+            if shared in live or (shared in changing and node in needed):
+                missed = node
+            changing.add(shared)
         is_kept = kind in ("placeholder", "assert")
         is_live = any(memory[written] in live for written in writes)
         if is_kept or is_live or node in needed:
@@ -2149,7 +2156,8 @@ class DualGraphModule(fx.GraphModule):
         type(self).__name__ = vars(self).pop("class_name")
         self.train_graph = _unpack(state["train_graph"])
         self.eval_graph = _unpack(state["eval_graph"])
-        self.train_graph.owning_module = self.eval_graph.owning_module = self
+        for graph in (self.train_graph, self.eval_graph):
+            graph.owning_module = self
         if not self._methods:
             self.recompile()
         for name, method in self._methods.items():
