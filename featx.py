@@ -401,6 +401,8 @@ class _Recording:
         value = self.tracer.compute(getattr, self, name)
         if self.tracer.has_no_grad(value):
             _ = attribute.node  # which is recorded now, and not once gradients are on again
+        if isinstance(value, str):
+            return self.tracer.answer(attribute)
         return None if value is None else attribute
 
     def __iter__(self) -> Iterator[Any]:
@@ -647,10 +649,10 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         return self.example is not None and isinstance(obj._value, kind)
 
     def hash_of(self, stand_in: Any) -> int:
-        """The hash of what is no tensor: where something is looked up by its value."""
-        if self.stands_for(stand_in, torch.Tensor):
-            raise TypeError(f"{stand_in!r} stands for a tensor, and cannot be looked up")
+        """What it is looked up by: a tensor by itself, all else by its value."""
         self._hashed.append(weakref.ref(stand_in))
+        if self.stands_for(stand_in, torch.Tensor):
+            return object.__hash__(stand_in)
         return hash(self.answer(stand_in))
 
     def leave_caches(self) -> None:
@@ -717,6 +719,18 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         def answer_is_tensor(item: Any) -> bool:
             return is_tensor(known(item))
 
+        def answer_check(check: Callable[..., Any], *arguments: Any) -> Any:
+            if self._is_other_thread() or _find_proxy(arguments) is None:
+                return check(*arguments)
+            for item in arguments:
+                if is_instance(item, _Recording):
+                    condition = item.all() if self.stands_for(item, torch.Tensor) else item
+                    torch._assert(bool(condition), f"{check.__name__} fails for the example")
+            return None
+
+        for name in _CHECKS.intersection(vars(torch)):
+            check = functools.partial(answer_check, getattr(torch, name))
+            patcher.patch(vars(torch), name, check)
         patcher.patch(vars(builtins), "isinstance", answer_isinstance)
         patcher.patch(vars(builtins), "callable", answer_callable)
         patcher.patch(vars(torch), "is_tensor", answer_is_tensor)
@@ -747,6 +761,11 @@ _FACTORIES = (
     "arange as_tensor empty eye finfo full iinfo is_autocast_enabled linspace ones rand randn"
     " tensor zeros"
 ).split()
+# Functions of torch of which an argument has to be true.
+_CHECKS = frozenset(
+    "_check _check_index _check_not_implemented _check_tensor_all _check_tensor_all_with"
+    " _check_type _check_value _check_with".split()
+)
 _METADATA = (getattr, len, "dim", "numel", "size")  # what asks for no number in a tensor
 _ASKED = "its control flow depends on its inputs"
 
@@ -1017,6 +1036,10 @@ class NodePathTracer(_AnsweringTracer):
             return tuple([self.create_arg(item) for item in a])
         if kind in _CONSTANTS or (kind is dict and not a):
             return a
+        if kind is type and a in _DTYPES:
+            return _DTYPES[a]
+        if kind.__module__ == "numpy" and a.ndim == 0:  # of which code could not be made
+            return a.item()
         if isinstance(a, torch.Tensor):
             self.taken[id(a)] = a
             if a.grad_fn is not None:
@@ -1112,6 +1135,7 @@ class NodePathTracer(_AnsweringTracer):
 
 
 _CONSTANTS = frozenset([bool, float, int, str, type(None)])
+_DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _NUMBERS = {"float": float, "int": int, "bool": bool}  # what TorchScript needs to know
 
 
@@ -1526,8 +1550,10 @@ def _find_features(
     """The value of each query, in execution order."""
     tracer = tracers[mode]
     answers = _answers(tracer)
+    # Of values that are read after one node, the inner module's comes first, as in the answers.
+    order = {query: position for position, query in enumerate(answers)}
     features: dict[str, _Feature] = {}
-    for query in queries:
+    for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
         if query in answers:
             features[query] = answers[query]
         elif query == "output" or tracer.error:
@@ -1672,6 +1698,7 @@ def _staying(
     needed: set[fx.Node] = set()
     # The memories that are read later; the next call reads the model's state.
     live = {memory[node] for node in operations if operations[node].kind == "get_attr"}
+    changing: set[_Memory] = set()  # the memories that are written into later
 
     def read(values: Iterable[fx.Node]) -> None:
         needed.update(values)
@@ -1684,8 +1711,12 @@ def _staying(
         if position > end and kind != "placeholder":
             continue
         read(reads.get(position, ()))
-        if kind == "replaced" and memory[inputs[0]] in live:
-            missed = node
+        changing.update(memory[written] for written in writes)
+        if kind == "replaced":
+            shared = memory[inputs[0]]
+            if shared in live or (shared in changing and node in needed):
+                missed = node
+            changing.add(shared)
         is_kept = kind in ("placeholder", "assert")
         is_live = any(memory[written] in live for written in writes)
         if is_kept or is_live or node in needed:
@@ -2149,7 +2180,8 @@ class DualGraphModule(fx.GraphModule):
         type(self).__name__ = vars(self).pop("class_name")
         self.train_graph = _unpack(state["train_graph"])
         self.eval_graph = _unpack(state["eval_graph"])
-        self.train_graph.owning_module = self.eval_graph.owning_module = self
+        for graph in (self.train_graph, self.eval_graph):
+            graph.owning_module = self
         if not self._methods:
             self.recompile()
         for name, method in self._methods.items():

@@ -406,8 +406,8 @@ class BuiltMet(Built):
         with torch.enable_grad():
             vars(module)["kept"] = value.detach().clone().requires_grad_() * 1
 
-    def forward(self, x: Any, box: Any = None) -> Any:
-        self._box = {"k": x, "l": [x, x]} if box is None else box
+    def forward(self, x: Any, box: Any = ()) -> Any:  # with None it would be no argument of an exact extractor
+        self._box = {"k": x, "l": [x, x]} if isinstance(box, tuple) else box
         return self._run(x)
 
 

@@ -63,6 +63,11 @@ ASKING = {
     "a parameter": ("return h if self.scale.shape[0] == 4 and self.scale.dim() == 1 else x", X * 2),
     "a text": ("assert x.ndim == 2, f'not {x.shape}'\nreturn h", X[0]),
     "another module": ("return torch.nn.Softmax(-1)(h)", X * 2),
+    "a check": ("torch._check(x.shape[0] == 3, lambda: 'not three')\nreturn h", LONGER),
+    "a check of all": ("torch._check_tensor_all(x >= 0, lambda: 'negative')\nreturn h", NEGATIVE),
+    "a check of nothing": ("torch._check(True)\nreturn h * len(x)", LONGER),
+    "a text of it": ("return h * {'cpu': 2, 'meta': 3}[x.device.type]", X * 2),
+    "a kind of number": ("return h + torch.zeros(len(x), 1, dtype=int)", LONGER),
     "writes": ("h[:, :2] += len(x)\nx.mul_(2)\nreturn h + x", LONGER),
     "a constant that is written": ("o = torch.zeros(4); o += h.sum(0) * len(x)\nreturn o * 1", LONGER),
     "a failed call": ("try: return self.fc(h, mask=x)\nexcept TypeError: return self.fc(h)", X * 2),
@@ -248,9 +253,21 @@ def test_a_look_up_is_guarded() -> None:
         assert not agree(extractor, model, other)
 
 
-def test_a_tensor_is_not_looked_up() -> None:
-    with pytest.raises(featx.UntraceableError, match="stands for a tensor, and cannot be looked up"):
-        extract(net(lambda self, x: x * {x: 2}[x]), "output", example_inputs=(X,))
+def test_a_tensor_is_looked_up_by_itself() -> None:
+    model = net(lambda self, x: x * {x: 2}.get(x, 1) + of_nothing(x, None))
+    assert agree(exact(model, "output", example_inputs=(X,)), model, X)
+
+
+@functools.lru_cache(maxsize=8)
+def of_nothing(x: torch.Tensor, nothing: None) -> torch.Tensor:
+    return x + 1
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = net(lambda self, x: x * numpy.sqrt(4.0) + numpy.float32(1))
+    assert same(extract(model, "output")(X)["output"], X * 2 + 1)
+    assert agree(exact(model, "output", example_inputs=(X,)), model, X)
 
 
 def test_functools_caches_are_cleared() -> None:

@@ -148,10 +148,10 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     "a query is a regular expression": (
         "test_conformance.py::test_selection_on_a_model",
         {
-            "    for query in queries:\n        if query in answers": (
+            "    for query in sorted(queries, key": (
                 "    for name in [*answers]:\n"
                 "        answers.update((query, answers[name]) for query in queries if re.match(query, name))\n"
-                "    for query in queries:\n        if query in answers"
+                "    for query in sorted(queries, key"
             )
         },
     ),
@@ -315,7 +315,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "copies are made of one graph": (
         "test_modes.py::test_copies[False-copy]",
-        {"def __copy__": "def _copy"},
+        {"def __copy__(self) -> DualGraphModule": "def _copy(self) -> DualGraphModule"},
     ),
     "parameters copied": (
         "test_effects.py::test_weights_are_shared_with_the_model",
@@ -351,7 +351,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "source lines of the dead pile up": (
         "test_modes.py::test_source_lines_go_with_their_module",
-        {"weakref.finalize(module, linecache.cache.pop, filename, None)": "pass"},
+        {"weakref.finalize(method, linecache.cache.pop, filename, None)": "pass"},
     ),
     "scripted in both modes or not at all": (
         "test_exact.py::test_features_whose_types_differ_by_mode_are_scripted_in_one_mode",
@@ -494,6 +494,14 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     "no warning of operators in place": (
         "test_met.py::test_said_by_default",
         {"missed = node": "pass"},
+    ),
+    "writes after a replaced operator": (
+        "test_met.py::test_said_by_default[another name, written later-True]",
+        {"(shared in changing and node in needed)": "False"},
+    ),
+    "copies compile again": (
+        "test_modes.py::test_copies_share_their_code",
+        {"        if not self._methods:\n            self.recompile()": "        self.recompile()"},
     ),
     "an idle warning of items": (
         "test_met.py::test_right[items-extract-False]",

@@ -442,3 +442,11 @@ def test_a_number_in_a_graph_by_hand() -> None:
     model = nn.Module()
     model.scale = 3.0
     assert equal(featx.DualGraphModule(model, *graphs)(X), X * 3)
+
+
+def test_copies_share_their_code() -> None:
+    extractor = extract(Modes(), "output")
+    for copied in (copy.copy(extractor), copy.deepcopy(extractor)):
+        assert type(copied).forward is type(extractor).forward
+        copied.recompile()
+        assert type(copied).forward is not type(extractor).forward

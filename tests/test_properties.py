@@ -342,8 +342,6 @@ def three_calls(model: nn.Module, call: Callable[..., dict[str, Any]]) -> tuple[
 def test_what_people_met_is_right_refused_or_said(
     plan: Net, training: bool, others: list[int], hooked: bool, exact: bool
 ) -> None:
-    # By default what is written later into the other name goes unsaid, as in a = h; a += 1; h.mul_(2); return a
-    assume(exact or not re.search(r"\b[uv] [-+*/]= ", " ".join(words_of(plan))))
     eager = met(plan, training, others, hooked)
 
     def first_calls(*arguments: Any) -> dict[str, Any]:
