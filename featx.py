@@ -663,7 +663,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         for cache in caches:
             inside = gc.get_referents(cache)
             keys = itertools.chain(*(item for item in inside if type(item) is dict))
-            if _find_proxy(list(keys)) is not None:
+            if any(map(_holds_stand_in, keys)):
                 cache.cache_clear()
         gc.collect()
         if any(stand_in() is not None for stand_in in self._hashed):
@@ -800,6 +800,12 @@ def _default_call(
         elif parameter.kind is parameter.KEYWORD_ONLY:
             kwargs[parameter.name] = value
     return args, kwargs
+
+
+def _holds_stand_in(key: Any) -> bool:
+    if type(key) is tuple:
+        return any(map(_holds_stand_in, key))
+    return type(key) in (_Proxy, _Attribute)
 
 
 def _example_of(item: Any) -> Any:

@@ -28,6 +28,7 @@ from tests.helpers import (
     same,
 )
 from tests.nets import linear, net, stated
+from tests.versions import fails_before
 
 LONGER = torch.cat([X, X - 1])
 NEGATIVE = -X
@@ -91,6 +92,10 @@ def agree(extractor: nn.Module, model: nn.Module, *arguments: Any) -> bool:
         return False
     assert same(found["output"], expected)
     return True
+
+
+if not hasattr(torch, "_check_tensor_all"):  # which came with torch 2.1
+    ASKING = {kind: asking for kind, asking in ASKING.items() if "_check" not in asking[0]}
 
 
 @in_both_modes
@@ -283,6 +288,7 @@ def positions(length: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(length, dtype=dtype)[:, None]
 
 
+@fails_before(featx.UntraceableError, "a proxy cannot stand in for a buffer", torch="2.14")
 def test_a_buffer_may_be_given_back() -> None:
     model = stated("self.mean = self.mean.to(x.dtype)\nreturn h + self.mean")
     assert agree(exact(model, "output", example_inputs=(X,)), model, X)
@@ -441,7 +447,8 @@ def test_copies_keep_guards() -> None:
 def test_scripts_exports_and_compiles() -> None:
     extractor = asking().eval()
     assert same(torch.jit.script(extractor)(X), extractor(X))
-    assert same(torch.compile(extractor, backend="eager")(X), extractor(X))
+    if hasattr(torch, "compile"):
+        assert same(torch.compile(extractor, backend="eager")(X), extractor(X))
     if hasattr(torch, "export"):
         assert same(dict(torch.export.export(extractor, (X,)).module()(X)), extractor(X))
 

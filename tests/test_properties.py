@@ -38,6 +38,7 @@ from tests.helpers import (
     texts,
     untouched,
 )
+from tests.nets import stated
 from tests.strategies import (
     CUTTING,
     LEAF_CLASSES,
@@ -376,6 +377,52 @@ def test_what_people_met_is_right_refused_or_said(
             assert all(same(value, wanted[key]) for key, value in found.items())
         if "output" in queries:
             assert same(moved, state)
+
+
+# --------------------------------------------------------------------------------- what is asked
+
+# What a forward asks, and does; n is drawn.
+QUESTIONS = [
+    "h = h + 1 if x.shape[0] > {n} else h - 1",
+    "h = h * 2 if (x > {n}).any() else h",
+    "h = h * 3 if h.mean().item() > {n} - 2 else -h",
+    "for i in range(x.shape[0] % ({n} + 1)): h = h + i",
+    "h = torch.stack([row * k for k, row in enumerate(h, {n})])",
+    "h = h + sum(len(part) for part in h.split({n} + 1))",
+    "h = h + torch.arange(len(h))[:, None] * {n}",
+    "h = h[:, : int(x.sum()) % 3 + 1].sum(1, keepdim=True) + h",
+    "h = h + {{1: 2, 2: 5}}.get(len(x), {n})",
+    "first, *rest = h; h = h + (rest[0] if rest else first)",
+    "h = h - x if {n} in x.shape else h * x",
+    "h = h.reshape(*h.shape[:1], 2, -1).flatten(1) + x.ndim",
+    "h[: len(h) // 2] += {n}",
+    "k = 0\nwhile h.abs().sum() > 8 and k < {n} + 3: h = h * 0.5; k = k + 1",
+    "try: h = h[{n}] + h\nexcept IndexError: h = h * 7",
+]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(QUESTIONS), st.integers(0, 3)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, -1, 0.1, 4])), min_size=2, max_size=5),
+    st.booleans(),
+)
+@torch.no_grad()
+def test_an_example_answers_and_other_inputs_are_equal_or_refused(
+    asked: list[tuple[str, int]], inputs: list[tuple[int, float]], training: bool
+) -> None:
+    body = "\n".join(question.format(n=n) for question, n in asked)
+    model = stated(f"{body}\nreturn h").train(training)
+    example, *others = (torch.linspace(0, factor, rows * 4).reshape(rows, 4) for rows, factor in inputs)
+    extractor = extract(model, ["fc", "output"], exact=True, example_inputs=(example,))
+    assert same(extractor(example)["output"], model(example))
+    for other in others:
+        try:
+            found = extractor(other)["output"]
+        except (AssertionError, IndexError, RuntimeError) as error:
+            event(type(error).__name__)
+            continue
+        event("equal")
+        assert same(found, model(other))
 
 
 # ------------------------------------------------------------------------------- the caller's things
