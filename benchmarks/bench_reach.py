@@ -129,7 +129,7 @@ def reason_of(attempt: Callable[[], Any]) -> str:
 
 def shortened(text: str) -> str:
     """In a line, with paths that are the same everywhere."""
-    return textwrap.shorten(re.sub(r"[^\s\"(]*/site-packages/", "", text), 160)
+    return textwrap.shorten(re.sub(r"[^\s\"(]*/site-packages/", "", text), 120)
 
 
 def eager(model: nn.Module, arguments: Any) -> Dict[str, List[torch.Tensor]]:
@@ -172,12 +172,12 @@ def watched(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if not path or path.startswith(inside):
             continue
-        library = type(module).__module__
-        if library.startswith(("torch.nn", "torch.ao", "torchvision.ops")) and type(module) not in CONTAINERS:
+        is_torchs = type(module).__module__.startswith(("torch.nn", "torch.ao")) and type(module) not in CONTAINERS
+        is_operation = any(base.__module__.startswith("torchvision.ops") for base in type(module).__mro__)
+        if is_torchs or is_operation:
             inside += (f"{path}.",)
-            if library.startswith("torch.nn") and any(module.children()):
-                continue
-        yield path, module
+        if not (is_torchs and any(module.children())):
+            yield path, module
 
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
