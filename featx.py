@@ -516,6 +516,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._formulas: dict[fx.Node, str] = {}
         self._guards: set[tuple[str, str]] = set()
         self._hashed: list[weakref.ref[Any]] = []
+        self._raised: Exception | None = None
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -574,6 +575,11 @@ class _AnsweringTracer(LeafModuleAwareTracer):
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
+        except (TypeError, AttributeError):  # from any input
+            raise
+        except Exception as error:
+            self._raised = error
+            raise
         finally:
             self._thread = thread
 
@@ -922,6 +928,9 @@ class NodePathTracer(_AnsweringTracer):
             buffers = {**self.root._buffers}
             graph = super().trace(root, concrete_args)
             self._check_buffers(self.root, buffers)
+        if self._raised is not None:
+            text = "its forward goes on after an error, which other inputs may not raise: "
+            raise fx.proxy.TraceError(f"{text}{self._raised!r}")
         for node in graph.nodes:
             is_optional = node.op == "placeholder" and node.args == (None,)
             if is_optional and not node.users:

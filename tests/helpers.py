@@ -198,6 +198,25 @@ def verdict(create: Callable[..., Any], model: nn.Module, query: str = "output",
     return "said" if said else "wrong"
 
 
+def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns or, if it fails, the error."""
+    try:
+        return function(*copy.deepcopy(arguments))
+    except Exception as error:
+        return error
+
+
+def agree(extractor: nn.Module, model: nn.Module, *arguments: Any) -> bool:
+    """Whether an extractor gives the model's output; else both fail, or a guard refuses."""
+    found, expected = outcome(extractor, *arguments), outcome(model, *arguments)
+    if isinstance(found, Exception):
+        # An error that only the model catches is as good as a guard.
+        assert isinstance(found, (AssertionError, IndexError)) or isinstance(expected, type(found)), found
+        return False
+    assert same(found["output"], expected)
+    return True
+
+
 @contextlib.contextmanager
 def recording(model: nn.Module, keep: Callable[[Any], Any] | None = None) -> Iterator[list[tuple[str, Any]]]:
     """The path of each module that is called in the block, with what it returned: a clone, if nothing else is said."""

@@ -7,7 +7,7 @@ import copy
 import functools
 import pickle
 import weakref
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch.nn import Sequential
 from tests import featx
 from tests.helpers import (
     X,
+    agree,
     eval_names,
     exact,
     extract,
@@ -74,24 +75,6 @@ ASKING = {
     "a failed call": ("try: return self.fc(h, mask=x)\nexcept TypeError: return self.fc(h)", X * 2),
     "a set": ("return h * len({*x.shape[:0]}) + len(x)", LONGER),
 }
-
-
-def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns or, if it fails, the error."""
-    try:
-        return function(*copy.deepcopy(arguments))
-    except Exception as error:
-        return error
-
-
-def agree(extractor: nn.Module, model: nn.Module, *arguments: Any) -> bool:
-    """Whether an extractor gives the model's output; else both fail, or a guard refuses."""
-    found, expected = outcome(extractor, *arguments), outcome(model, *arguments)
-    if isinstance(found, Exception):
-        assert isinstance(found, AssertionError) or isinstance(expected, type(found)), found
-        return False
-    assert same(found["output"], expected)
-    return True
 
 
 if not hasattr(torch, "_check_tensor_all"):  # which came with torch 2.1
@@ -266,6 +249,12 @@ def test_a_tensor_is_looked_up_by_itself() -> None:
 @functools.lru_cache(maxsize=8)
 def of_nothing(x: torch.Tensor, nothing: None) -> torch.Tensor:
     return x + 1
+
+
+def test_an_error_that_other_inputs_may_not_raise() -> None:
+    model = stated("try: return h[x.shape[0]]\nexcept IndexError: return h")
+    with pytest.raises(featx.UntraceableError, match="goes on after an error, .*IndexError"):
+        exact(model, "output", example_inputs=(X,))
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -111,6 +111,10 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
         "test_example.py::test_the_other_mode_may_fail[train-eval]",
         {"elif mode == own:": "else:\n                raise\n            if False:"},
     ),
+    "errors that the forward catches": (
+        "test_example.py::test_an_error_that_other_inputs_may_not_raise",
+        {"self._raised = error": "pass"},
+    ),
     "stand-ins stay in caches": (
         "test_example.py::test_functools_caches_are_cleared",
         {"                cache.cache_clear()": "                pass"},
