@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, Iterator, List, Tuple
 
 HERE = Path(__file__).parent
+REACH = HERE / "results" / "reach.json"
 Row = Dict[str, Any]
 # The same colour everywhere; grey is for what no extractor can be better than.
 COLOURS = {
@@ -29,7 +30,8 @@ LABELS = {
 def results() -> Iterator[Tuple[str, Dict[str, Any]]]:
     """The results of each machine: ``(name of the file, what is in it)``."""
     for path in sorted((HERE / "results").glob("*.json")):
-        yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+        if path != REACH:
+            yield path.stem, json.loads(path.read_text(encoding="utf-8"))
 
 
 def chosen(rows: Iterable[Row], benchmark: str, **facts: Any) -> List[Row]:
@@ -105,6 +107,29 @@ def cell(rows: List[Row], name: str) -> str:
     medians = [middle for _, middle, _ in ratios]
     low, high = (min(medians), max(medians)) if len(ratios) > 1 else (ratios[0][0], ratios[0][2])
     return f"{statistics.median(medians):.2f} ({low:.2f} to {high:.2f})"
+
+
+# Column -> what a row of bench_reach says of tracing in this way; nothing if it worked.
+WAYS = {
+    "torchvision's function": "torchvision",
+    "featx": "default",
+    "`auto_leaf`": "auto_leaf",
+    "`example_inputs`": "example",
+}
+
+
+def reach(rows: List[Row]) -> str:
+    """How many models can be cut, as a table."""
+    headings = ["models of", "models", *WAYS, "features equal", "silently wrong"]
+    text = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for library in dict.fromkeys(row["library"] for row in rows):
+        ran = [row for row in rows if row["library"] == library and row.get("runs")]
+        traced = [sum(row.get(way) == "" for row in ran) for way in WAYS.values()]
+        equal, features = (sum(row.get(count, 0) for row in ran) for count in ("equal", "features"))
+        wrong = sum(bool(row.get("wrong")) for row in ran)
+        cells = [library, len(ran), *traced, f"{equal:,} of {features:,}", wrong]
+        text.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(text)
 
 
 # ----------------------------------------------------------------------------------------- drawing
@@ -194,6 +219,7 @@ def main() -> None:
     for name, found in results():
         draw(name, found)
         print(f"{title(found)}\n\n{table(found, SHORT)}\n\n{table(found)}\n")
+    print(reach(json.loads(REACH.read_text(encoding="utf-8"))["models"]))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import plot
-from tests.helpers import ROOT, parametrize, python
+from tests.helpers import ROOT, ignored_warnings, parametrize, python
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = dict(plot.results())
@@ -102,3 +105,98 @@ def test_cells_of_the_table() -> None:
     assert plot.cell(rows, "featx") == "1.00 (0.90 to 1.10)"
     assert plot.cell(rows[:1], "featx") == "0.90 (0.50 to 9.00)"
     assert plot.cell(rows, "torchvision") == ""
+
+
+# --- reach ---
+
+
+def bench_reach() -> Any:
+    pytest.importorskip("torchvision")
+    from benchmarks import bench_reach
+
+    return bench_reach
+
+
+def test_reach_counts_what_is_equal() -> None:
+    bench_reach()
+    done = python("-m", "benchmarks.bench_reach", "torchvision/resnet18")
+    assert done.returncode == 0, done.stderr
+    first, table = done.stdout.split("\n", 1)
+    row = json.loads(first)
+    assert row["features"] == row["equal"] == 8
+    assert [row[key] for key in ("example", "default", "auto_leaf", "torchvision")] == [""] * 4
+    assert [row[key] for key in ("values", "batch", "size", "wrong")] == ["equal", "equal", "equal", []]
+    assert table == plot.reach([row]) + "\n"
+    assert table.splitlines()[-1] == "| torchvision | 1 | 1 | 1 | 1 | 1 | 8 of 8 | 0 |"
+
+
+class Asks(nn.Module):
+    """Its features are those of its only module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if len(x) < 3 else self.layer(x) * 2
+
+
+def inputs(seed: int, batch: int, more: int) -> Any:
+    return (torch.rand(1 + batch, 4, generator=torch.Generator().manual_seed(seed)),)
+
+
+def found(monkeypatch: pytest.MonkeyPatch, mend: Any = None) -> dict[str, Any]:
+    """What is found out about a model, with extractors that something was done to."""
+    bench = bench_reach()
+    if mend:
+        create = bench.featx.create_feature_extractor
+        changed = lambda *args, **options: mend(create(*args, **options))  # noqa: E731
+        monkeypatch.setattr(bench.featx, "create_feature_extractor", changed)
+    row: dict[str, Any] = {}
+    with ignored_warnings():
+        bench.with_example(Asks().eval(), inputs, row.update)
+    return row
+
+
+def test_reach_tells_equal_from_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = found(monkeypatch)
+    assert (row["example"], row["equal"], row["wrong"]) == ("", 1, [])
+    assert (row["values"], row["batch"], row["size"]) == ("equal", "refused", "equal")
+    assert row["guards"] == 1
+
+
+def test_reach_notices_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mend(extractor: Any) -> Any:
+        with torch.no_grad():
+            extractor.layer = nn.Identity()
+        return extractor
+
+    assert found(monkeypatch, mend)["wrong"] == ["layer", "output", "other inputs (values)", "other inputs (size)"]
+
+
+def test_outcomes_of_other_inputs() -> None:
+    bench = bench_reach()
+    model = Asks().eval()
+
+    def raising(error: Exception) -> Any:
+        def extractor(x: torch.Tensor) -> Any:
+            raise error
+
+        return extractor
+
+    def one_way(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"output": model.layer(x)}
+
+    assert bench.compared(model, one_way, (torch.rand(2, 4),)) == "equal"
+    assert bench.compared(model, one_way, (torch.rand(3, 4),)) == "wrong"
+    assert bench.compared(model, raising(AssertionError()), (torch.rand(3, 4),)) == "refused"
+    assert bench.compared(model, raising(ValueError("no")), (torch.rand(3, 4),)) == "raises ValueError: no"
+    assert bench.compared(model, one_way, (torch.rand(2, 5),)) == "eager raises, too"
+    assert bench.compared(model, lambda x: {}, (torch.rand(2, 5),)) == "eager alone raises"
+
+
+def test_the_readme_shows_the_reach() -> None:
+    rows = json.loads(plot.REACH.read_text(encoding="utf-8"))["models"]
+    everything = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert plot.reach(rows) in everything, "python -m benchmarks.plot prints it"
+    assert [row["name"] for row in rows if row.get("wrong")] == []
