@@ -70,6 +70,7 @@ import sys
 import textwrap
 import threading
 import traceback
+import types
 import warnings
 import weakref
 from typing import (
@@ -398,12 +399,17 @@ class _Recording:
             return attribute
         if name.startswith("__"):  # protocols of others, such as numpy's
             raise AttributeError(name)
-        value = self.tracer.compute(getattr, self, name)
+        try:
+            value = self.tracer.compute(getattr, self, name)
+        except AttributeError:
+            if not self.tracer.stands_for(self, torch.Tensor):
+                bool(self.tracer.record(hasattr, self, name))
+            raise
         if self.tracer.has_no_grad(value):
             _ = attribute.node  # which is recorded now, and not once gradients are on again
         if isinstance(value, str):
             return self.tracer.answer(attribute)
-        return None if value is None else attribute
+        return self.tracer.record(getattr, self, name) if value is None else attribute
 
     def __iter__(self) -> Iterator[Any]:
         # As torch.fx's, which holds all that its caller holds until garbage is collected.
@@ -457,10 +463,11 @@ class _Attribute(_Recording, fx.proxy.Attribute):
         return self.tracer.compute(getattr, self.root, self.attr)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        is_read = self.attr in ("get", "items", "keys", "values")
-        if not is_read or not self.tracer.stands_for(self.root, Mapping):
+        if not self.tracer.stands_for(self.root, Mapping):
             return super().__call__(*args, **kwargs)
         keys = self.tracer.keys(self.root)
+        if self.attr not in ("get", "items", "keys", "values"):
+            return super().__call__(*args, **kwargs)
         items = {key: self.root[key] for key in keys}
         return getattr(items, self.attr)(*args, **kwargs)
 
@@ -514,6 +521,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Node -> a text that only equal numbers share; "" for what is the same for all inputs.
         self._formulas: dict[fx.Node, str] = {}
+        self._short: dict[str, str] = {}  # such a text -> a short one
+        self._writes = 0  # how many so far: what was asked before them is asked again
+        self.containers: set[fx.Node] = set()  # the nodes of what is no tensor, and may be written
         self._guards: set[tuple[str, str]] = set()
         self._hashed: list[weakref.ref[Any]] = []
         self._raised: Exception | None = None
@@ -545,6 +555,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         kind = None if parameter.annotation is parameter.empty else parameter.annotation
         stand_in = self.create_proxy("placeholder", name, default, {}, type_expr=kind)
         if not is_constant:
+            if self.example and parameter.default is None:
+                self.record(torch._assert, self.record(operator.is_not, stand_in, None), _GIVEN)
             return stand_in
         if type(value) in _CONSTANTS:
             said = f"the argument {name!r} was {value!r} while tracing"
@@ -565,11 +577,12 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         try:
             with torch.no_grad():
                 if kind == "placeholder":
-                    return _clone_nested(self.given[target])
+                    return tree_map(_copied, self.given[target])
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
                 self.keep(*args[:1])
                 args, kwargs = tree_map(_example_of, (args, kwargs))
+                self._keep_parameters(kind, target, args, kwargs)
                 if kind == "call_module":
                     return self.root.get_submodule(target)(*args, **kwargs)
                 if kind == "call_method":
@@ -589,6 +602,16 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in self._kept:
                 self._kept[id(tensor)] = tensor, tensor.detach().clone()
 
+    def _keep_parameters(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
+        """Note what parameters are that a call writes into."""
+        call: Any = types.SimpleNamespace(target=target, args=args, kwargs=kwargs)
+        if kind == "call_module":
+            module = self.root.get_submodule(target)
+            if getattr(module, "max_norm", None) is not None:  # an embedding's
+                self.keep(*module.parameters())
+        elif _is_in_place(call) and isinstance(args[0], torch.Tensor):
+            self.keep(*(own for own in self.root.parameters() if _shares(own, args[0])))
+
     def put_back(self) -> None:
         """Undo what was written into tensors that are no stand-ins."""
         for tensor, before in self._kept.values():
@@ -597,8 +620,14 @@ class _AnsweringTracer(LeafModuleAwareTracer):
     def note_value(self, proxy: Any, value: Any) -> None:
         """Put the value of a new node on its stand-in."""
         proxy._value = value
+        node = proxy.node
         is_tensor = isinstance(value, torch.Tensor)
-        self._formulas[proxy.node] = self._formula(proxy.node, is_tensor)
+        if not is_tensor and type(value) not in _CONSTANTS:
+            self.containers.add(node)
+        if _effects(self, node)[0]:  # type: ignore[arg-type]
+            self._writes += 1
+        formula = self._formula(node, is_tensor)
+        self._formulas[node] = formula and self._short.setdefault(formula, f"#{len(self._short)}")
 
     def _formula(self, node: fx.Node, is_tensor: bool) -> str:
         if node.op == "get_attr":
@@ -608,7 +637,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         taken = node.all_input_nodes
         if any(self._formulas.get(argument) for argument in taken):
             arguments = map_arg((node.args, node.kwargs), self._formula_of)
-            return f"{node.target}{arguments}"
+            return f"{self._writes} {node.target}{arguments}"
         is_of_state = any(argument.op == "get_attr" for argument in taken)
         return node.name if is_of_state and node.target not in _METADATA else ""
 
@@ -626,6 +655,16 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if self._is_open(stand_in, value):
             self._guard(stand_in == value, value)
         return value
+
+    def guard_none(self, stand_in: Any) -> None:
+        """See to it that what is None for the example is so for other inputs."""
+        source = stand_in.node.all_input_nodes[0]
+        if source.op == "call_module":
+            leaf = self.root.get_submodule(str(source.target))
+            if type(leaf).__module__.startswith("torch."):  # its arguments decide that
+                return
+        if self._is_open(stand_in, None):
+            self._guard(self.record(operator.is_, stand_in, None), None)
 
     def to_bool(self, obj: Any) -> bool:
         """The truth of a stand-in."""
@@ -688,7 +727,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         node = stand_in.node
         formula = self._formulas[node]
         if isinstance(stand_in._value, torch.Tensor):
-            formula = node.name  # the numbers in parameters and buffers change
+            formula = f"{self._writes} {node.name}"  # also of parameters and buffers
         guard = formula, repr(answer)
         if not formula or guard in self._guards:
             return False
@@ -708,8 +747,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         def known(item: Any) -> Any:
             if not is_instance(item, _Recording) or self._is_other_thread():
                 return item
-            if type(item) is _Proxy and item.node.op == "placeholder":
-                bool(self.record(is_tensor, item))
+            if not self._is_computed(item):
+                self.answer(item, _kind)
             return item._value
 
         def answer_isinstance(item: Any, kinds: Any) -> bool:
@@ -748,6 +787,13 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             vars(_symbolic_trace), "_create_wrapped_func", functools.partial(self.recorded)
         )
 
+    def _is_computed(self, stand_in: Any) -> bool:
+        """Whether it stands for a tensor that an operation always makes one of."""
+        node = stand_in.node
+        is_part = node.target in (getattr, operator.getitem)
+        is_operation = node.op in ("call_function", "call_method") and not is_part
+        return is_operation and self.stands_for(stand_in, torch.Tensor)
+
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Of a function one that is recorded where a stand-in is among its arguments."""
 
@@ -773,7 +819,30 @@ _CHECKS = frozenset(
     " _check_type _check_value _check_with".split()
 )
 _METADATA = (getattr, len, "dim", "numel", "size")  # what asks for no number in a tensor
+_GIVEN = "an argument that the example gives is None"
 _ASKED = "its control flow depends on its inputs"
+
+
+def _kind(value: Any) -> str:
+    """What isinstance may ask; all tensors are one kind."""
+    if isinstance(value, torch.Tensor):
+        return "Tensor"
+    return _class_path(type(value))
+
+
+def _shares(parameter: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a value lies in the memory of a parameter."""
+    offset = value.data_ptr() - parameter.data_ptr()
+    return 0 <= offset < parameter.numel() * parameter.element_size()
+
+
+def _copied(item: Any) -> Any:
+    """A copy of a part of the example, since models write into their inputs."""
+    if isinstance(item, torch.Tensor):
+        return item.clone()
+    with contextlib.suppress(Exception):
+        return copy.deepcopy(item)
+    return item
 
 
 def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -912,6 +981,8 @@ class NodePathTracer(_AnsweringTracer):
         if self.exact:
             self._namer = _Namer(self.paths)
         if self.example:
+            if any(map(nn.parameter.is_lazy, self.root.parameters())):
+                raise fx.proxy.TraceError("it has lazy modules: call it once before")
             self.keep(*self.root.buffers())
         with contextlib.ExitStack() as undo, _Watch(self), _Patcher() as patcher:
             undo.callback(self.put_back)
@@ -1011,24 +1082,31 @@ class NodePathTracer(_AnsweringTracer):
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
         if self.has_no_grad(value):
-            proxy = self._detached(node, value)
+            proxy = self._detached(proxy, values)
         name = self._namer.name(self.current_module_qualname, own)
         self.node_to_qualname[proxy.node] = name
-        return None if value is None and node.op != "placeholder" else proxy
+        if value is not None or kind == "placeholder":
+            return proxy
+        if target not in (torch._assert, operator.setitem, setattr):
+            self.guard_none(proxy)
+        return None
 
     def has_no_grad(self, value: Any) -> bool:
         """Whether what the forward computes now is a tensor without gradients."""
         is_recorded = self.exact and not torch.is_grad_enabled()
         return is_recorded and isinstance(value, torch.Tensor)
 
-    def _detached(self, node: fx.Node, value: torch.Tensor) -> fx.Proxy:
+    def _detached(self, proxy: Any, arguments: Any) -> Any:
         """The stand-in for what is computed where gradients are switched off."""
-        if _is_in_place(node) and _is_no_integer(value):
+        value = proxy._value
+        if _is_in_place(proxy.node) and _is_no_integer(value):
             self.lose(_GRAD_MODE)
-        detached = self.graph.call_function(torch.detach, (node,))
-        proxy = self.proxy(detached)
-        self.note_value(proxy, value)
-        return proxy
+        is_given = any(value is _example_of(argument) for argument in arguments)
+        if is_given or proxy.node.op == "get_attr":  # which keeps its gradients
+            return proxy
+        detached = self.proxy(self.graph.call_function(torch.detach, (proxy.node,)))
+        self.note_value(detached, value)
+        return detached
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The stand-in for a node's value."""
@@ -1350,7 +1428,7 @@ def _first_difference(
     values: list[list[tuple[str, Any]]] = [[], []]
     calls = (model, tracer.example), (traced, ((), tracer.given))
     for seen, (module, arguments) in zip(values, calls):
-        args, kwargs = _clone_nested(arguments)
+        args, kwargs = tree_map(_copied, arguments)
         with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as hooks:
             _set_mode(model, mode)
             for path in paths:
@@ -1370,17 +1448,27 @@ def _note_value(seen: list[tuple[str, Any]], path: str, *call: Any) -> None:
 
 
 def _difference(expected: Any, found: Any) -> str:
-    """How two trees of tensors differ; a graph holds no classes of dicts."""
-    (leaves, _), (others, _) = tree_flatten(expected), tree_flatten(found)
-    if len(leaves) != len(others):
-        return f"{len(others)} values in place of {len(leaves)}"
-    for leaf, other in zip(leaves, others):
-        if isinstance(leaf, torch.Tensor):
-            try:
-                torch.testing.assert_close(other, leaf, rtol=0, atol=0, equal_nan=True)
-            except AssertionError as error:
-                return str(error)
-    return ""
+    """How two values differ; in a graph all mappings are dicts, and sequences are lists."""
+    if isinstance(expected, fx.Proxy):
+        return "a stand-in, which the forward has left somewhere"
+    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+        try:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            return str(error)
+        return ""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        expected, found = [*expected.items()], [*found.items()]
+    if isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
+        if len(expected) != len(found):
+            return f"{len(found)} values in place of {len(expected)}"
+        return next(filter(None, map(_difference, expected, found)), "")
+    if type(expected) is type(found) and hasattr(expected, "__dict__"):
+        return _difference(vars(expected), vars(found))
+    if type(expected) in _CONSTANTS and repr(expected) == repr(found):
+        return ""
+    is_known = type(expected) in _CONSTANTS or isinstance(expected, torch.Tensor)
+    return f"{found!r} in place of {expected!r}" if is_known else ""
 
 
 def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
@@ -1885,7 +1973,7 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
         module = operator.attrgetter(str(node.target))(tracer.root)
         effects = _module_effects(module, inputs, tracer.training or tracer.exact)
     elif node.op in ("call_function", "call_method"):
-        effects = _function_effects(node)
+        effects = _function_effects(node, tracer.containers)
     if effects is None:
         may_write = tracer.exact or not node.users
         return (inputs if may_write else []), inputs
@@ -1914,7 +2002,9 @@ def _module_effects(
     return writes if any(in_place) else None
 
 
-def _function_effects(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
+def _function_effects(
+    node: fx.Node, containers: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
     """What the call of a function or method writes and views, if somebody says it."""
     inputs = node.all_input_nodes
     first = _nodes_in(node.args[:1]) or inputs
@@ -1922,7 +2012,10 @@ def _function_effects(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | No
     name = _name(target)
     # Of what is built into torch the module is None; methods are a tensor's.
     library = str(getattr(target, "__module__", None) or "torch").split(".")[0]
-    is_unknown = isinstance(target, str) and not hasattr(torch.Tensor, name)
+    is_of_tensor = hasattr(torch.Tensor, name) and containers.isdisjoint(first)
+    is_unknown = isinstance(target, str) and not is_of_tensor
+    if target is _kind:
+        return [], []
     if target is getattr and node.args[1] == "shape":
         return [], []
     if "out" in node.kwargs:

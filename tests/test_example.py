@@ -483,3 +483,159 @@ def test_what_has_no_index_is_listed() -> None:
 
 def reversed_rows(x: torch.Tensor) -> Any:
     return collections.deque(reversed([*x])).__reversed__()
+
+
+# --- what others broke ---
+
+
+class Record:
+    """What graph libraries have: attributes, of which some are None or missing."""
+
+    def __init__(self, **members: Any) -> None:
+        vars(self).update(members)
+
+
+def mine(self: Any, b: Any) -> Any:
+    return b["x"] if b["m"] is None else b["x"] * b["m"]
+
+
+def popped(self: Any, b: Any) -> Any:
+    return b["x"] * b.pop("m", 1)
+
+
+def drained(self: Any, b: Any) -> Any:
+    x = b["x"]
+    while len(b["n"]):
+        x = x * (2 if b["n"].pop(0) else 3)
+    return x
+
+
+def sorted_in_place(self: Any, b: Any) -> Any:
+    b["n"].sort()
+    return b["x"] * b["n"][0]
+
+
+def joined(self: Any, b: Any) -> Any:
+    return torch.cat(b["n"]) if isinstance(b["n"], list) else b["n"][0]
+
+
+def of_a_record(self: Any, b: Any) -> Any:
+    x = b.x if b.m is None else b.x * b.m
+    return x * (2 if hasattr(b, "n") else 3) * getattr(b, "k", 1)
+
+
+def unpacked(self: Any, b: Any) -> Any:
+    x, m = b["n"]
+    return x if m is None else x * m
+
+
+MORE: list[dict[str, Any]] = [{"m": X}, {"m": None, "n": 1}, {"m": None, "k": 2}]
+# A forward -> what it is called with: the example first.
+BROKEN = {
+    "None in a tree": (mine, [{"x": X, "m": None}, {"x": X, "m": X}]),
+    "None that is unpacked": (unpacked, [{"n": (X, None)}, {"n": (X, X)}]),
+    "a default of pop": (popped, [{"x": X}, {"x": X, "m": X}]),
+    "a list that shrinks": (drained, [{"x": X, "n": [1, 1]}, {"x": X, "n": [1, 0]}]),
+    "a list that is sorted": (sorted_in_place, [{"x": X, "n": [3, 1, 2]}, {"x": X, "n": [2, 4, 3]}]),
+    "a list or a tuple": (joined, [{"n": [X, X]}, {"n": (X, X)}, {"n": [X, -X]}]),
+    "attributes": (
+        of_a_record,
+        [Record(x=X, m=None), Record(x=X, m=X), Record(x=X, m=None, n=1), Record(x=X, m=None, k=2)],
+    ),
+}
+
+
+@in_both_ways
+@parametrize("kind", BROKEN)
+def test_what_is_none_missing_or_of_another_kind(kind: str, is_exact: bool) -> None:
+    forward, (example, *others) = BROKEN[kind]
+    model = net(forward)
+    before = copy.deepcopy(example)
+    extractor = extract_quietly(model, "output", exact=is_exact, example_inputs=(example,))
+    assert same(*(getattr(item, "__dict__", item) for item in (example, before)))
+    assert agree(extractor, model, example)
+    for other in others:
+        agree(extractor, model, other)
+
+
+def test_a_tensor_is_given_and_none_later() -> None:
+    extractor = exact(net(lambda self, x, m=None: x if m is None else x * 2), "output", example_inputs=(X, X))
+    assert same(extractor(X, -X)["output"], X * 2)
+    with pytest.raises(AssertionError, match="is None"):
+        extractor(X, None)
+
+
+def test_lengths_in_a_chain() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        n = x.shape[0]
+        for _ in range(60):
+            n = (n + 2 * (n % 2) - 1) // 1 + 1
+        return x * n if n > 2 else x
+
+    assert agree(exact(net(forward), "output", example_inputs=(X,)), net(forward), X)
+
+
+@parametrize(
+    "body",
+    ["self.scale.data.clamp_(0, 0.5); return h * self.scale", "self.scale.data[:2].fill_(3); return h * self.scale"],
+)
+def test_parameters_are_as_they_were(body: str) -> None:
+    model = stated(body)
+    before = copy.deepcopy(model.state_dict())
+    extract_quietly(model, "fc", example_inputs=(X,))
+    assert same(model.state_dict(), before)
+
+
+def test_embeddings_are_as_they_were() -> None:
+    model = Sequential(nn.Embedding(10, 4, max_norm=0.1))
+    before = copy.deepcopy(model.state_dict())
+    extract(model, "output", example_inputs=(torch.arange(10),))
+    assert same(model.state_dict(), before)
+
+
+def test_a_lazy_module_is_called_before() -> None:
+    model = Sequential(nn.LazyLinear(3))
+    with pytest.raises(featx.UntraceableError, match="lazy modules: call it once before"):
+        extract(model, "output", example_inputs=(X,))
+    assert model(X).shape == (3, 3)
+
+
+def test_a_codebook_keeps_its_gradients() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        with torch.no_grad():
+            nearest = (x[:, None] - self.codes).abs().sum(2).argmin(1)
+            x = x.float()
+        return self.codes[nearest] + x
+
+    model = net(forward, codes=nn.Parameter(torch.rand(5, 4)))
+    extractor = exact(model, "output", example_inputs=(X,))
+    x = X.clone().requires_grad_()
+    for call in (model, lambda x: extractor(x)["output"]):
+        assert all(gradient.any() for gradient in torch.autograd.grad(call(x).sum(), [x, model.codes]))
+
+
+@parametrize(
+    "wrong",
+    [
+        lambda x, is_traced: (x, 2 if is_traced else 3),
+        lambda x, is_traced: None if is_traced else x,
+        lambda x, is_traced: {"a" if is_traced else "b": x},
+        lambda x, is_traced: [x, x] if is_traced else [x],
+    ],
+    ids=["a number", "None", "a key", "more"],
+)
+def test_outputs_are_compared_whole(wrong: Any) -> None:
+    model = net(lambda self, x: wrong(x, fx._symbolic_trace.is_fx_tracing()))
+    with pytest.raises(featx.UntraceableError, match="something else than it does: the output"):
+        extract(model, "output", example_inputs=(X,))
+
+
+def test_a_stand_in_left_in_a_global() -> None:
+    left: list[Any] = []
+
+    def forward(self: Any, x: Any) -> Any:
+        left.append(x * 2)
+        return left[0]
+
+    with pytest.raises(featx.UntraceableError, match="a stand-in, which the forward has left"):
+        extract(net(forward), "output", example_inputs=(X,))
