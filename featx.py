@@ -551,7 +551,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         parameter = self._parameters.get(name, _UNNAMED)
         default: tuple[Any, ...] = ()
         if self.example is None and parameter.default is not parameter.empty:
-            default = (value if is_constant else parameter.default,)
+            is_plain = is_constant and type(value) in _CONSTANTS
+            default = (value if is_plain else parameter.default,)
         kind = None if parameter.annotation is parameter.empty else parameter.annotation
         stand_in = self.create_proxy("placeholder", name, default, {}, type_expr=kind)
         if not is_constant:
@@ -764,17 +765,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         def answer_is_tensor(item: Any) -> bool:
             return is_tensor(known(item))
 
-        def answer_check(check: Callable[..., Any], *arguments: Any) -> Any:
-            if self._is_other_thread() or _find_proxy(arguments) is None:
-                return check(*arguments)
-            for item in arguments:
-                if is_instance(item, _Recording):
-                    condition = item.all() if self.stands_for(item, torch.Tensor) else item
-                    torch._assert(bool(condition), f"{check.__name__} fails for the example")
-            return None
-
         for name in _CHECKS.intersection(vars(torch)):
-            check = functools.partial(answer_check, getattr(torch, name))
+            check = functools.partial(self._answer_check, getattr(torch, name))
             patcher.patch(vars(torch), name, check)
         patcher.patch(vars(builtins), "isinstance", answer_isinstance)
         patcher.patch(vars(builtins), "callable", answer_callable)
@@ -786,6 +778,15 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         patcher.patch(
             vars(_symbolic_trace), "_create_wrapped_func", functools.partial(self.recorded)
         )
+
+    def _answer_check(self, check: Callable[..., Any], *arguments: Any) -> Any:
+        if self._is_other_thread() or _find_proxy(arguments) is None:
+            return check(*arguments)
+        for item in arguments:
+            if isinstance(item, _Recording):
+                condition = item.all() if self.stands_for(item, torch.Tensor) else item
+                torch._assert(bool(condition), f"{check.__name__} fails for the example")
+        return None
 
     def _is_computed(self, stand_in: Any) -> bool:
         """Whether it stands for a tensor that an operation always makes one of."""
@@ -999,17 +1000,7 @@ class NodePathTracer(_AnsweringTracer):
             buffers = {**self.root._buffers}
             graph = super().trace(root, concrete_args)
             self._check_buffers(self.root, buffers)
-        if self._raised is not None:
-            text = "its forward goes on after an error, which other inputs may not raise: "
-            raise fx.proxy.TraceError(f"{text}{self._raised!r}")
-        for node in graph.nodes:
-            is_optional = node.op == "placeholder" and node.args == (None,)
-            if is_optional and not node.users:
-                self.lose(_UNASKED.format(node.target), 0)
-        hooks = {**self.root._forward_hooks, **self.root._forward_pre_hooks}
-        is_called_so = type(self.root).__call__ is nn.Module.__call__
-        if hooks or "forward" in vars(self.root) or not is_called_so:
-            self.lose(_AROUND, 0)
+        self._check_root(graph)
         return graph
 
     def call_module(
@@ -1218,6 +1209,20 @@ class NodePathTracer(_AnsweringTracer):
             other.returned[query] = _Feature(map_arg(value, copies.__getitem__), after)
         return other
 
+    def _check_root(self, graph: fx.Graph) -> None:
+        """See what of the model's own forward and of what surrounds it is left out."""
+        if self._raised is not None:
+            text = "its forward goes on after an error, which other inputs may not raise: "
+            raise fx.proxy.TraceError(f"{text}{self._raised!r}")
+        for node in graph.nodes:
+            is_optional = node.op == "placeholder" and node.args == (None,)
+            if is_optional and not node.users and not self.exact:
+                self.lose(_UNASKED.format(node.target), 0)
+        hooks = {**self.root._forward_hooks, **self.root._forward_pre_hooks}
+        is_called_so = type(self.root).__call__ is nn.Module.__call__
+        if hooks or "forward" in vars(self.root) or not is_called_so:
+            self.lose(_AROUND, 0)
+
     def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
         def losing(*arguments: Any) -> Any:
             if not self._is_other_thread():
@@ -1336,8 +1341,8 @@ def _trace_both(
         mode = other if tracers else own
         try:
             tracers[mode] = _trace(model, mode, arguments, concrete_args, tracers.get(own))
-            settle()
             if tracers[mode].example:
+                settle()
                 _check_example(model, mode, tracers[mode])
         except UntraceableError as error:
             if auto_leaf and error.path and error.module_type not in leaves:
@@ -2487,10 +2492,9 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
 
 def _same_random_numbers() -> Any:
     """Leave the random state of the CPU and, where it is in use, of CUDA as it was."""
-    count = 0
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        count = torch.cuda.device_count()
-    return torch.random.fork_rng(range(count))
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if in_use else ()
+    return torch.random.fork_rng(devices)
 
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:

@@ -122,6 +122,12 @@ def test_who_does_not_is_traced_once(name: str, mode: bool, traces: list[bool]) 
     assert extractor.train_graph is not extractor.eval_graph
 
 
+def test_a_scripted_part_may_be_asked(traces: list[bool]) -> None:
+    model = net(lambda self, x: self.part(x) if self.part.training else x, part=torch.jit.script(linear()))
+    extract(model, "output")
+    assert len(traces) == 2
+
+
 def test_the_graphs_are_edited_apart() -> None:
     extractor = extract(Sequential(Block(), linear()), "output")
     (node,) = (node for node in extractor.eval_graph.nodes if node.target is torch.sigmoid and node.name == "sigmoid")
