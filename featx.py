@@ -183,9 +183,14 @@ class UntraceableError(fx.proxy.TraceError):
         lines = [f"torch.fx cannot trace {where}: {self.reason}", "What helps:"]
         if _ASKED in self.reason:
             lines.append("- example_inputs=(x,) answers it as for these inputs")
-        if self.path:
+        if self.path and self.module_type.__call__ is nn.Module.__call__:
             lines.append(
                 f"- leaf_modules=[{name}], in tracer_kwargs, makes each {name} one operation"
+            )
+        elif self.path:
+            lines.append(
+                f"- a change of {name}: its __call__ is its own, so leaf_modules and auto_leaf do"
+                " nothing for it"
             )
         lines.append(_REMEDIES)
         if self.traceable:
@@ -931,6 +936,7 @@ class NodePathTracer(_AnsweringTracer):
             buffers, views of them, and constants that a node writes into.
         views, written: the ids of the views, and of what nodes write into, among them.
         taken: by id the tensors that nodes take as constants.
+        computed: by id references to the tensors that were computed for the example.
         auto_leaves: the classes of which auto_leaf=True made leaves -> the reason.
 
     >>> tracer = NodePathTracer()
@@ -979,6 +985,7 @@ class NodePathTracer(_AnsweringTracer):
         self.views: set[int] = set()
         self.written: set[int] = set()
         self.taken: dict[int, torch.Tensor] = {}
+        self.computed: dict[int, Callable[[], Any]] = {}
         if self.exact:
             self._namer = _Namer(self.paths)
         if self.example:
@@ -1126,7 +1133,8 @@ class NodePathTracer(_AnsweringTracer):
             return a.item()
         if isinstance(a, torch.Tensor):
             self.taken[id(a)] = a
-            if a.grad_fn is not None:
+            computed = self.computed.get(id(a), lambda: None)
+            if a.grad_fn is not None or computed() is a:
                 self.lose(_EARLIER)
         try:
             return super().create_arg(a)
@@ -1281,12 +1289,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        if self.tracer._is_other_thread():
-            return value
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.tracer.lose(_RANDOM)
         tracer = self.tracer
         arguments, _ = tree_flatten((args, kwargs))
+        if tracer._is_other_thread():  # it is computed for the example
+            given = set(map(id, arguments))
+            for tensor in tree_flatten(value)[0]:
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
+                    tracer.computed[id(tensor)] = weakref.ref(tensor)
+            return value
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            tracer.lose(_RANDOM)
         found = [item for item in arguments if id(item) in tracer.watched]
         is_written = any(id(item) in tracer.written for item in found)
         if func._schema.is_mutable:

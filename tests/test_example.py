@@ -690,3 +690,13 @@ def test_a_stand_in_left_in_a_global() -> None:
 
     with pytest.raises(featx.UntraceableError, match="a stand-in, which the forward has left"):
         extract(net(forward), "output", example_inputs=(X,))
+
+
+def test_what_a_hook_keeps_of_the_example() -> None:
+    kept: list[Any] = []
+    model = stated("return h + self.last()", last=lambda: kept[-1])
+    model.fc.register_forward_hook(lambda module, inputs, value: kept.append(value * 2))
+    with pytest.raises(featx.UntraceableError, match="takes a tensor of an earlier call"):
+        exact(model, "output", example_inputs=(X,))
+    with pytest.warns(featx.FeatureWarning, match="takes a tensor of an earlier call"):
+        extract(model, "output", example_inputs=(X,))

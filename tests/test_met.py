@@ -115,6 +115,20 @@ def test_numbers_may_be_said_idly() -> None:
     assert verdict(extract, model) == "said idly"
 
 
+class Deciding(nn.Module):
+    def __call__(self, x: Any) -> Any:
+        return super().__call__(x)
+
+    def forward(self, x: Any) -> Any:
+        return x if x.sum() > 0 else -x
+
+
+@parametrize("options", [{"auto_leaf": True}, {"tracer_kwargs": {"leaf_modules": [Deciding]}}], ids=str)
+def test_what_has_a_call_of_its_own_is_no_leaf(options: dict[str, Any]) -> None:
+    text = r"Deciding: its __call__ is its own, so leaf_modules and auto_leaf do nothing for it"
+    assert "leaf_modules=[" not in str(refused(Sequential(Deciding()), "0", text, exact=False, **options))
+
+
 EARLIER = "takes a tensor of an earlier call"
 CONSTANT = "computes from buffers"
 REFUSED = {

@@ -139,6 +139,14 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
         "test_example.py::test_a_codebook_keeps_its_gradients",
         {'if is_given or proxy.node.op == "get_attr":': "if is_given:"},
     ),
+    "what hooks keep of an example": (
+        "test_example.py::test_what_a_hook_keeps_of_the_example",
+        {" or computed() is a:": ":"},
+    ),
+    "leaves are advised that are none": (
+        "test_met.py::test_what_has_a_call_of_its_own_is_no_leaf",
+        {"if self.path and self.module_type.__call__ is nn.Module.__call__:": "if self.path:"},
+    ),
     "stand-ins stay in caches": (
         "test_example.py::test_functools_caches_are_cleared",
         {"                cache.cache_clear()": "                pass"},
