@@ -289,7 +289,8 @@ def create_feature_extractor(
     """Cut from a model a module that returns intermediate values and runs only what they need.
 
     A query matches the names that equal it or begin with it and a dot; its value is that of the
-    last such node. The query ``"output"``, where no node has that name, is the model's own output.
+    last such node. With ``exact=True`` it is one of the names, or a module's path. The query
+    ``"output"``, where no node has that name, is the model's own output.
 
     By default names and values are torchvision's, and a :class:`FeatureWarning` says where a
     feature is something else than its query says, is overwritten in place, or is not what the
@@ -524,7 +525,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self.given: dict[str, Any] = {}  # argument -> what the example gives
         # By id the tensors into which the forward may write, with what they were.
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # Node -> a text that only equal numbers share; "" for what is the same for all inputs.
+        # Node -> a text that only equal numbers share, so that x.shape[0] == 3, asked twice, has
+        # one guard; "" for what is the same for all inputs.
         self._formulas: dict[fx.Node, str] = {}
         self._short: dict[str, str] = {}  # such a text -> a short one
         self._writes = 0  # how many so far: what was asked before them is asked again
@@ -664,8 +666,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 
     def guard_none(self, stand_in: Any) -> None:
         """See to it that what is None for the example is so for other inputs."""
-        source = stand_in.node.all_input_nodes[0]
-        if source.op == "call_module":
+        node = stand_in.node
+        source = node.args[0] if node.target is operator.getitem else node
+        if source is not node and source.op == "call_module":
             leaf = self.root.get_submodule(str(source.target))
             if type(leaf).__module__.startswith("torch."):  # its arguments decide that
                 return
@@ -717,11 +720,11 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             if any(map(_holds_stand_in, keys)):
                 cache.cache_clear()
         gc.collect()
-        if any(stand_in() is not None for stand_in in self._hashed):
+        if any(_is_key(stand_in()) for stand_in in self._hashed):
             raise fx.proxy.TraceError("its forward keeps what it looks up in a cache of its own")
 
     def _is_other_thread(self) -> bool:
-        """Whether torch.fx's patches of nn.Module met a thread that does not trace."""
+        """Whether this is no part of the forward: another thread, or a value of the example."""
         return self._thread != threading.get_ident()
 
     def _check_asked(self) -> None:
@@ -883,6 +886,18 @@ def _default_call(
     return args, kwargs
 
 
+def _is_key(item: Any) -> bool:
+    """Whether a dict or a set has it as a key, by itself or in a tuple."""
+    if item is None:  # the stand-in is gone
+        return False
+    for holder in gc.get_referrers(item):
+        if type(holder) is tuple and _is_key(holder):
+            return True
+        if type(holder) in (dict, set) and any(key is item for key in list(holder)):
+            return True
+    return False
+
+
 def _holds_stand_in(key: Any) -> bool:
     if type(key) is tuple:
         return any(map(_holds_stand_in, key))
@@ -1026,7 +1041,8 @@ class NodePathTracer(_AnsweringTracer):
         try:
             if self.is_leaf_module(m, path):
                 value = self.create_proxy("call_module", path, args, kwargs)
-                name = next(reversed(self.node_to_qualname.values()))
+                calls = (node for node in reversed(self.node_to_qualname) if node.target == path)
+                name = self.node_to_qualname[next(calls)]
             else:
                 buffers = {**m._buffers}
                 value = forward(*args, **kwargs)
@@ -1212,6 +1228,7 @@ class NodePathTracer(_AnsweringTracer):
             copies[node]: name for node, name in self.node_to_qualname.items()
         }
         other.replaced = {copies[node] for node in self.replaced}
+        other.containers = {copies[node] for node in self.containers}
         other.returned = {}
         for query, (value, after) in self.returned.items():
             other.returned[query] = _Feature(map_arg(value, copies.__getitem__), after)
@@ -2305,10 +2322,11 @@ class DualGraphModule(fx.GraphModule):
         type(self).__name__ = vars(self).pop("class_name")
         self.train_graph = _unpack(state["train_graph"])
         self.eval_graph = _unpack(state["eval_graph"])
-        for graph in (self.train_graph, self.eval_graph):
-            graph.owning_module = self
         if not self._methods:
             self.recompile()
+            return
+        for graph in (self.train_graph, self.eval_graph):
+            graph.owning_module = self
         for name, method in self._methods.items():
             setattr(type(self), name, method)
 

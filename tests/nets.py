@@ -169,11 +169,11 @@ UNTRACEABLE = {
             "ssd300_vgg16",
             "ssdlite320_mobilenet_v3_large",
         ],
-        (fx.proxy.TraceError, "its control flow depends on its inputs"),
+        (fx.proxy.TraceError, "Proxy object cannot be iterated"),
     ),
     **dict.fromkeys(
         ["raft_large", "raft_small"],
-        (fx.proxy.TraceError, "its control flow depends on its inputs"),
+        (fx.proxy.TraceError, "symbolically traced variables cannot be used as inputs to control flow"),
     ),
 }
 

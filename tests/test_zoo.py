@@ -40,7 +40,7 @@ def test_the_others_fail_for_the_same_reason(name: str) -> None:
     kind, message = nets.UNTRACEABLE[name]
     with pytest.raises(kind, match=message) as raised:
         theirs.get_graph_node_names(model)
-    with pytest.raises(featx.UntraceableError, match=message) as raised_here:
+    with pytest.raises(featx.UntraceableError, match="its control flow depends on its inputs") as raised_here:
         node_names(model)
     assert type(raised_here.value.__cause__) is type(raised.value)
     assert raised_here.value.path == ""
