@@ -175,7 +175,7 @@ class UntraceableError(fx.proxy.TraceError):
         """Raise it: what a graph does whose mode could not be traced."""
         raise self
 
-    __name__ = "untraceable"
+    __name__ = "untraceable"  # which the code of a graph calls it
 
     def __str__(self) -> str:
         name = _class_path(self.module_type)
@@ -348,7 +348,7 @@ def create_feature_extractor(
     return extractor
 
 
-# ---- tracers
+# ---- leaf modules, and stand-ins
 
 
 class LeafModuleAwareTracer(fx.Tracer):
@@ -387,7 +387,8 @@ class LeafModuleAwareTracer(fx.Tracer):
 class _Recording:
     """Lets a stand-in record what torch.fx loses: operators in place, and assigned items.
 
-    With an example it has a value, and what Python asks about that is answered by it.
+    With an example it has a value, and what Python asks about that is answered by it. Without
+    one it has none: nothing may look at ``_value``.
     """
 
     tracer: Any
@@ -782,7 +783,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         for name in _FACTORIES:
             factory = getattr(torch, name)
             patcher.patch(vars(torch), name, self.recorded(factory))
-        # Torch.fx's own expects that a function which it wraps never returns None.
+        # Torch.fx's own expects that a function which it wraps never returns None. It sets an
+        # attribute on what it patches in, which a bound method does not bear.
         patcher.patch(
             vars(_symbolic_trace), "_create_wrapped_func", functools.partial(self.recorded)
         )
@@ -1096,7 +1098,7 @@ class NodePathTracer(_AnsweringTracer):
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
         if self.has_no_grad(value):
-            proxy = self._detached(proxy, values)
+            proxy = self._detached(proxy, values)  # which gets the name, and is what one asks for
         name = self._namer.name(self.current_module_qualname, own)
         self.node_to_qualname[proxy.node] = name
         if value is not None or kind == "placeholder":
@@ -1270,7 +1272,7 @@ _BUFFERS = (
     " follows neither load_state_dict nor what is written"
 )
 _ASSIGNED = "assigns or writes into a buffer, a view or a constant, which tracing leaves out"
-_EARLIER = "takes a tensor of an earlier call, which tracing makes a constant"
+_EARLIER = "takes a tensor of an earlier call, or of a hook, which tracing makes a constant"
 _UNASKED = (
     "does not use its argument {0!r}, or has asked whether it is None, which is never so while"
     " tracing: concrete_args={{{0!r}: None}} or example_inputs says what it is"
@@ -1342,6 +1344,9 @@ def _current_modes() -> tuple[int, bool]:
     """How deep in blocks of autocast, and in which grad mode, this thread is."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
+
+
+# ---- tracing both modes
 
 
 def _tracer_arguments(given: Any, exact: bool, example_inputs: Any) -> dict[str, Any]:
@@ -1482,7 +1487,7 @@ def _note_value(seen: list[tuple[str, Any]], path: str, *call: Any) -> None:
 
 
 def _difference(expected: Any, found: Any) -> str:
-    """How two values differ; in a graph all mappings are dicts, and sequences are lists."""
+    """How two values differ, whatever the classes of mappings and sequences are."""
     if isinstance(expected, fx.Proxy):
         return "a stand-in, which the forward has left somewhere"
     if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
@@ -1507,7 +1512,7 @@ def _difference(expected: Any, found: Any) -> str:
 
 def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
     """In place of the tracer of a mode that cannot be traced: its graph raises the error."""
-    tracer = NodePathTracer(exact=True)
+    tracer = NodePathTracer(exact=True)  # nothing is said of its features
     tracer.error = error
     tracer.root = traced.root
     tracer.graph = fx.Graph()
