@@ -115,6 +115,7 @@ A_NUMBER_BEFORE_OTHER_BRANCHES = Net(
 
 @given(plans(), st.booleans())
 def test_names_are_distinct_and_those_of_the_slow_implementation(plan: Net, exact: bool) -> None:
+    assume("_tensor_constant0" not in repr(plan))  # torch.fx asks for it, and so makes a node of the parameter
     model = build(plan)
     for training, names in zip(MODES, names_of(model, exact)):
         assert len(set(names)) == len(names)
