@@ -591,9 +591,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
                     return operator.attrgetter(target)(self.root)
                 self.keep(*args[:1])
                 args, kwargs = tree_map(_example_of, (args, kwargs))
-                self._keep_parameters(kind, target, args, kwargs)
                 if kind == "call_module":
-                    return self.root.get_submodule(target)(*args, **kwargs)
+                    target = self.root.get_submodule(target)
+                self._keep_parameters(target, args, kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
@@ -611,14 +611,14 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in self._kept:
                 self._kept[id(tensor)] = tensor, tensor.detach().clone()
 
-    def _keep_parameters(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
+    def _keep_parameters(self, target: Any, args: Any, kwargs: Any) -> None:
         """Note what parameters are that a call writes into."""
+        if isinstance(target, nn.Module):
+            if getattr(target, "max_norm", None) is not None:  # an embedding's
+                self.keep(*target.parameters())
+            return
         call: Any = types.SimpleNamespace(target=target, args=args, kwargs=kwargs)
-        if kind == "call_module":
-            module = self.root.get_submodule(target)
-            if getattr(module, "max_norm", None) is not None:  # an embedding's
-                self.keep(*module.parameters())
-        elif _is_in_place(call) and isinstance(args[0], torch.Tensor):
+        if _is_in_place(call) and isinstance(args[0], torch.Tensor):
             self.keep(*(own for own in self.root.parameters() if _shares(own, args[0])))
 
     def put_back(self) -> None:
@@ -724,7 +724,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if any(_is_key(stand_in()) for stand_in in self._hashed):
             raise fx.proxy.TraceError("its forward keeps what it looks up in a cache of its own")
 
-    def _is_other_thread(self) -> bool:
+    def _is_aside(self) -> bool:
         """Whether this is no part of the forward: another thread, or a value of the example."""
         return self._thread != threading.get_ident()
 
@@ -755,7 +755,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         is_instance, is_callable, is_tensor = isinstance, callable, torch.is_tensor
 
         def known(item: Any) -> Any:
-            if not is_instance(item, _Recording) or self._is_other_thread():
+            if not is_instance(item, _Recording) or self._is_aside():
                 return item
             if not self._is_computed(item):
                 self.answer(item, _kind)
@@ -790,7 +790,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         )
 
     def _answer_check(self, check: Callable[..., Any], *arguments: Any) -> Any:
-        if self._is_other_thread() or _find_proxy(arguments) is None:
+        if self._is_aside() or _find_proxy(arguments) is None:
             return check(*arguments)
         for item in arguments:
             if isinstance(item, _Recording):
@@ -1031,7 +1031,7 @@ class NodePathTracer(_AnsweringTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a leaf module, or trace through the module with its path as scope."""
-        if self._is_other_thread():
+        if self._is_aside():
             return forward(*args, **kwargs)
         self._check_modes()  # before the scope changes: a block here is the caller's
         try:
@@ -1072,7 +1072,7 @@ class NodePathTracer(_AnsweringTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter, and if exact of a buffer."""
-        if self._is_other_thread():
+        if self._is_aside():
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -1202,7 +1202,7 @@ class NodePathTracer(_AnsweringTracer):
         self.asked_mode = any(map(_may_ask_mode, classes))
 
         def get(module: nn.Module) -> Any:
-            self.asked_mode |= not self._is_other_thread()
+            self.asked_mode |= not self._is_aside()
             if "training" not in vars(module):
                 raise AttributeError("training")
             return vars(module)["training"]
@@ -1252,7 +1252,7 @@ class NodePathTracer(_AnsweringTracer):
 
     def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
         def losing(*arguments: Any) -> Any:
-            if not self._is_other_thread():
+            if not self._is_aside():
                 self.lose(_GRAD_MODE)
             return enter(*arguments)
 
@@ -1310,7 +1310,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = func(*args, **(kwargs or {}))
         tracer = self.tracer
         arguments, _ = tree_flatten((args, kwargs))
-        if tracer._is_other_thread():  # it is computed for the example
+        if tracer._is_aside():  # it is computed for the example
             given = set(map(id, arguments))
             for tensor in tree_flatten(value)[0]:
                 if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
@@ -1471,7 +1471,7 @@ def _first_difference(
         with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as hooks:
             _set_mode(model, mode)
             for path in paths:
-                hook = functools.partial(_note_value, seen, path)
+                hook = functools.partial(_note_call, seen, path)
                 hooks.callback(model.get_submodule(path).register_forward_hook(hook).remove)
             seen.append(("the output", module(*args, **kwargs)))
         tracer.put_back()
@@ -1482,7 +1482,7 @@ def _first_difference(
     return ""
 
 
-def _note_value(seen: list[tuple[str, Any]], path: str, *call: Any) -> None:
+def _note_call(seen: list[tuple[str, Any]], path: str, *call: Any) -> None:
     seen.append((f"the module {path!r}", _clone_nested(call[-1])))
 
 

@@ -627,18 +627,22 @@ def plans(
     )
 
 
+def nets_of(inside: list[Any], every_step: st.SearchStrategy[Any], arguments: list[str]) -> st.SearchStrategy[Net]:
+    return st.builds(
+        Net,
+        named_members(PLAIN_NAMES.filter(is_possible), st.one_of(inside)),
+        tuples_of(every_step, 2, 6),
+        step("one", OPERANDS),
+        st.sampled_from(arguments),
+    )
+
+
 def losing_plans(depth: int = 2) -> st.SearchStrategy[Net]:
     """Plans of modules that do what tracing would leave out, or make a constant; each may become a leaf."""
     inside = [st.sampled_from(PURE_LEAVES), st.sampled_from(TENSORS), st.integers(0, 5)]
     if depth:
         inside.append(losing_plans(depth - 1))
-    return st.builds(
-        Net,
-        named_members(PLAIN_NAMES.filter(is_possible), st.one_of(inside)),
-        tuples_of(losing_steps(), 2, 6),
-        step("one", OPERANDS),
-        st.just("x"),
-    )
+    return nets_of(inside, losing_steps(), ["x"])
 
 
 def met_steps(depth: int = 1) -> st.SearchStrategy[Tuple[Any, ...]]:
@@ -652,10 +656,4 @@ def met_plans(depth: int = 2) -> st.SearchStrategy[Net]:
     inside = [st.sampled_from(PURE_LEAVES), st.sampled_from(["relu_", "dropout_", "doubling"]), st.integers(0, 5)]
     if depth:
         inside.append(met_plans(depth - 1))
-    return st.builds(
-        Net,
-        named_members(PLAIN_NAMES.filter(is_possible), st.one_of(inside)),
-        tuples_of(met_steps(), 2, 6),
-        step("one", OPERANDS),
-        st.sampled_from(["met", "met", "met", "calling"]),
-    )
+    return nets_of(inside, met_steps(), ["met", "met", "met", "calling"])

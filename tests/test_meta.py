@@ -166,11 +166,11 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "reads of the mode not seen": (
         "test_one_trace.py::test_who_asks_is_traced_twice[a branch-True]",
-        {"self.asked_mode |= not self._is_other_thread()": "pass"},
+        {"self.asked_mode |= not self._is_aside()": "pass"},
     ),
     "reads of other threads are seen": (
         "test_one_trace.py::test_other_threads_may_ask",
-        {"self.asked_mode |= not self._is_other_thread()": "self.asked_mode = True"},
+        {"self.asked_mode |= not self._is_aside()": "self.asked_mode = True"},
     ),
     "two modes with one graph": (
         "test_one_trace.py::test_the_graphs_are_edited_apart",
@@ -606,7 +606,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "blocks of other threads seen": (
         "test_tracing.py::test_what_other_threads_run_is_not_seen_and_not_disturbed",
-        {"if not self._is_other_thread():": "if True:"},
+        {"if not self._is_aside():": "if True:"},
     ),
     "a warning of what does not stay": (
         "test_tracing.py::test_what_comes_before_is_not_concerned_and_what_comes_later_is",
