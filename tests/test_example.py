@@ -240,6 +240,16 @@ def test_nothing_stays_in_a_cache(key: Any) -> None:
         extract(model, "output", example_inputs=(X,))
 
 
+def test_what_was_looked_up_may_stay_in_a_list() -> None:
+    kept = []
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.shape[0])
+        return x * {3: 2}.get(kept[-1], 1)
+
+    assert agree(exact(net(forward), "output", example_inputs=(X,)), net(forward), X)
+
+
 def test_a_look_up_is_guarded() -> None:
     model = net(lambda self, x: x * {3: 2, 6: 5}.get(x.shape[0], 1))
     for example, other in ((X, LONGER), (X[:2], LONGER), (LONGER, X)):
