@@ -2642,27 +2642,20 @@ def _show(message: Warning | str, *_: Any) -> None:
 @torch.no_grad()
 def _run(options: argparse.Namespace) -> str:
     """What is to be printed."""
-    model = _model(options)
-    given = _input(options)
-    expected: Any = {}
+    expected: dict[str, Any] = {}
     if options.check is not None:
         expected = json.loads(pathlib.Path(options.check).read_bytes())
+    for name in expected.keys() & {"exact", "input", "image"}:  # as when it was written
+        setattr(options, name, expected[name])
+    model = _model(options)
+    given = _input(options)
     settings = {
         "suppress_diff_warning": True,
-        "exact": expected.get("exact", options.exact),
+        "exact": options.exact,
         "auto_leaf": options.auto_leaf,
         "example_inputs": (given,) if options.example else None,
     }
     names = get_graph_node_names(model, **settings)
-    if options.check is not None:
-        return _differences(expected, names._asdict(), options.check)
-    if options.json and not options.queries:
-        found = {
-            "model": options.model,
-            "exact": options.exact,
-            **names._asdict(),
-        }
-        return json.dumps(found, indent=1)
     queries = _queries(names, options)
     modes = (queries, ()) if options.train else ((), queries)
     extractor = create_feature_extractor(
@@ -2675,7 +2668,20 @@ def _run(options: argparse.Namespace) -> str:
     if options.plot:
         _plot(values, options.plot)
     rows = [*_rows(extractor, queries, values)]
-    return json.dumps(rows, indent=1) if options.json else _table(rows)
+    found: dict[str, Any] = {
+        "model": options.model,
+        "exact": options.exact,
+        "input": options.input,
+        "image": options.image,
+        **names._asdict(),
+    }
+    if given is not None:
+        found["shapes"] = [f"{row['name']} {row.get('shape')}" for row in rows]
+    if options.check is not None:
+        return _differences(expected, found, options.check)
+    if options.json:
+        return json.dumps(rows if options.queries else found, indent=1)
+    return _table(rows)
 
 
 def _model(options: argparse.Namespace) -> nn.Module:
@@ -2693,15 +2699,15 @@ def _model(options: argparse.Namespace) -> nn.Module:
     return model.to(options.device).train(options.train)
 
 
-def _differences(expected: Any, names: dict[str, list[str]], path: str) -> str:
-    """How the names of each mode differ from those in a file."""
+def _differences(expected: Any, found: Any, path: str) -> str:
+    """How the names of each mode differ from those in a file, and the shapes if it has them."""
     lines: list[str] = []
-    for mode in names:
+    for part in ("train", "eval", *expected.keys() & {"shapes"}):
         lines += difflib.unified_diff(
-            expected[mode],
-            names[mode],
+            expected[part],
+            found[part],
             path,
-            mode,
+            part,
             lineterm="",
         )
     return "\n".join(lines)

@@ -206,7 +206,7 @@ def test_json_and_check(call: Call, folder: Path) -> None:
     zoo = pytest.importorskip("torchvision.models")
     out = output(call(RESNET, "--json"))
     names = featx.get_graph_node_names(zoo.resnet18())._asdict()
-    assert json.loads(out) == {"model": RESNET, "exact": False, **names}
+    assert json.loads(out) == {"model": RESNET, "exact": False, "input": None, "image": None, **names}
     (folder / "names.json").write_text(out)
     assert call(RESNET, "--check", "names.json") == (0, "\n", "")
     other = "torchvision.models:resnet34"
@@ -231,6 +231,20 @@ def test_check_gives_its_exit_code(call: Call, folder: Path) -> None:
     code, out, _ = call("torch.nn:Sequential", "--check", "names.json")
     assert code == 1
     assert "\n-1\n" in out
+
+
+def test_check_compares_shapes(call: Call, folder: Path) -> None:
+    sizes = ["--kwargs", '{"in_features": 4, "out_features": 6}']
+    listed = json.loads(output(call("torch.nn:Linear", *sizes, "--input", "3,4", "--json")))
+    assert listed["shapes"] == ["input [3, 4]", "weight [6, 4]", "bias [6]", "linear [3, 6]"]
+    (folder / "names.json").write_text(json.dumps(listed))
+    assert call("torch.nn:Linear", *sizes, "--check", "names.json")[:2] == (0, "\n")  # its input is in the file
+    sizes[1] = sizes[1].replace("6", "5")
+    code, out, _ = call("torch.nn:Linear", *sizes, "--check", "names.json")
+    assert (code, out.splitlines()[-1]) == (1, "+linear [3, 5]")
+    del listed["shapes"]
+    (folder / "names.json").write_text(json.dumps(listed))
+    assert call("torch.nn:Linear", *sizes, "--check", "names.json")[0] == 0
 
 
 # --- features ---
