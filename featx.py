@@ -2218,6 +2218,22 @@ def _warn(message: str, category: type[Warning] = UserWarning) -> None:
 # ---- the two-mode module
 
 
+def _graph_property(name: str) -> Any:
+    """The graph of a mode, which copies leave packed until somebody asks for it."""
+
+    def get(self: DualGraphModule) -> Any:
+        graph = vars(self)[name]
+        if isinstance(graph, _Packed):
+            graph = vars(self)[name] = _unpack(graph)
+            graph.owning_module = self
+        return graph
+
+    def set_to(self: DualGraphModule, graph: fx.Graph) -> None:
+        vars(self)[name] = graph
+
+    return property(get, set_to)
+
+
 class DualGraphModule(fx.GraphModule):
     """A module with a graph for each mode; calling it runs the graph of the mode that it is in.
 
@@ -2237,7 +2253,7 @@ class DualGraphModule(fx.GraphModule):
     """
 
     # TorchScript would compile properties; these are for Python alone.
-    __jit_unused_properties__ = ["graph", "code", "_graph", "_code", "_boxed_call"]
+    __jit_unused_properties__ = "train_graph eval_graph graph code _graph _code _boxed_call".split()
     # torch.compile asks for these; with annotations TorchScript would, too.
     _lineno_map = _prologue_start = None  # type: ignore[assignment]
 
@@ -2265,10 +2281,14 @@ class DualGraphModule(fx.GraphModule):
         vars(self)["meta"] = {}  # also where a module of the model has this name
         self.recompile()
 
+    train_graph = _graph_property("_train_graph")
+    eval_graph = _graph_property("_eval_graph")
+
     @property
     def graph(self) -> fx.Graph:
         """The graph of the mode that the module is in; setting it recompiles."""
-        return self.train_graph if self.training else self.eval_graph
+        graph: fx.Graph = self.train_graph if self.training else self.eval_graph
+        return graph
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
@@ -2310,28 +2330,20 @@ class DualGraphModule(fx.GraphModule):
         return one
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(
-            vars(self),
-            train_graph=_pack(self.train_graph),
-            eval_graph=_pack(self.eval_graph),
-            class_name=type(self).__name__,
-        )
+        state = dict(vars(self), class_name=type(self).__name__)
         state.pop("_compiled_call_impl", None)  # nn.Module.compile() made it for this module
         for name, value in state.items():
-            if isinstance(value, dict):
+            if isinstance(value, fx.Graph):
+                state[name] = _pack(value)
+            elif isinstance(value, dict):
                 state[name] = copy.copy(value)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         type(self).__name__ = vars(self).pop("class_name")
-        self.train_graph = _unpack(state["train_graph"])
-        self.eval_graph = _unpack(state["eval_graph"])
         if not self._methods:
             self.recompile()
-            return
-        for graph in (self.train_graph, self.eval_graph):
-            graph.owning_module = self
         for name, method in self._methods.items():
             setattr(type(self), name, method)
 

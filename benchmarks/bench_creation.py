@@ -1,7 +1,8 @@
-"""Listing names and creating extractors. The floor: two bare traces, and the code of each."""
+"""Listing names and creating extractors: time, and memory with an example. The floor: two bare traces, and the code."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -23,6 +24,15 @@ STAGES = {
     "maxvit_t": [f"blocks.{number}" for number in (0, 1, 2, 3)],
     "mvit_v2_s": [f"blocks.{number}" for number in (0, 2, 13, 15)],
 }
+# The last few blocks or stages of some models, as one asks for them in a U-Net or to compare representations.
+BLOCKS = {
+    "densenet201": [f"features.denseblock{number}" for number in (2, 3, 4)],
+    "vit_b_16": [f"encoder.layers.encoder_layer_{number}" for number in (5, 11)],
+    "maxvit_t": [f"blocks.{number}" for number in (1, 2, 3)],
+    "convnext_base": [f"features.{number}" for number in (3, 5, 7)],
+}
+# With a batch of 8: what is asked for while memory is measured.
+WITH_EXAMPLE = {"resnet50": STAGES["resnet50"], "vit_b_16": ["encoder.layers.encoder_layer_5"]}
 
 
 class Functions(nn.Module):
@@ -68,12 +78,43 @@ def test_names(name: str, turns: Turns) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_create(name: str, turns: Turns) -> None:
+def test_create(name: str, turns: Turns, against: Any) -> None:
+    compare_creation(name, STAGES[name], turns, against)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_create_blocks(name: str, turns: Turns, against: Any) -> None:
+    compare_creation(name, BLOCKS[name], turns, against)
+
+
+def compare_creation(name: str, queries: List[str], turns: Turns, against: Any) -> None:
     model = get_model(name, weights=None)
-    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model, STAGES[name])}
+    competitors = {"two traces and codes": lambda: traces_and_codes(model), **creating(model, queries)}
+    if against is not None:
+        competitors[against.__name__] = lambda: against.create_feature_extractor(model, queries)
     ours, theirs = (competitors[library]() for library in ("featx", "torchvision"))
     assert set(ours.state_dict()) == set(theirs.state_dict())
     turns.take(competitors, to="two traces and codes", budget=3, least=5, collect=True)
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLE)
+def test_memory_with_an_example(name: str, turns: Turns) -> None:
+    model, x = get_model(name, weights=None).eval(), torch.rand(8, 3, 224, 224)
+
+    @torch.no_grad()
+    def eager() -> None:
+        model(x)
+
+    def create() -> None:
+        featx.create_feature_extractor(model, WITH_EXAMPLE[name], example_inputs=(x,))
+        gc.collect()  # a module of torch.fx has cycles
+
+    calls = {"eager": eager, "featx": create}
+    found = {key: turns.memory(call) for key, call in calls.items()}
+    turns.take(calls, to="eager", budget=1, model=name)
+    peaks = {key: peak / 2**20 for key, (peak, _) in found.items()}
+    left = {key: after / 2**20 for key, (_, after) in found.items()}
+    turns.store(**{"MiB at most": peaks, "MiB left": left})
 
 
 @pytest.mark.parametrize("operations", SIZES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ IS_PARTIAL = pytest.StashKey[bool]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the models compute")
     parser.addoption("--save", action="store_true", help="write benchmarks/results/<machine>.json")
+    parser.addoption("--against", type=Path, metavar="FILE", help="another featx.py whose creation is timed, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +55,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
 def device(request: pytest.FixtureRequest) -> Any:
     """Where the models compute."""
     return request.config.getoption("--device")
+
+
+@pytest.fixture
+def against(request: pytest.FixtureRequest) -> Any:
+    """The module of ``--against``, such as that of an older commit."""
+    path = request.config.getoption("--against")
+    if path is None:
+        return None
+    spec = importlib.util.spec_from_file_location("the other featx", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -131,4 +145,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"not run: {name}: {reason}")
 
 
-FACTS = ("million parameters", "MiB at most")
+FACTS = ("million parameters", "MiB at most", "MiB left")

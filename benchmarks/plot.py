@@ -84,6 +84,11 @@ def table(found: Dict[str, Any], only: Collection[str] = ()) -> str:
             "tracing each twice and generating its code",
             chosen(rows, "test_create"),
         ),
+        (
+            "create extractors of some blocks of four models",
+            "tracing each twice and generating its code",
+            chosen(rows, "test_create_blocks"),
+        ),
         ("run ten whole models, small inputs", "the model itself", chosen(rows, "test_forward", **small)),
         ("run whole models, compiled", "the model itself, compiled", chosen(rows, "test_compiled", **small)),
         *((f"compute {row['task']}", by_hand, [row]) for row in chosen(rows, "test_features")),
@@ -107,6 +112,17 @@ def cell(rows: List[Row], name: str) -> str:
     medians = [middle for _, middle, _ in ratios]
     low, high = (min(medians), max(medians)) if len(ratios) > 1 else (ratios[0][0], ratios[0][2])
     return f"{statistics.median(medians):.2f} ({low:.2f} to {high:.2f})"
+
+
+def memory(found: Dict[str, Any]) -> str:
+    """The most memory while an extractor is created with an example, as a table; nothing where it was not measured."""
+    rows = chosen(found["benchmarks"], "test_memory_with_an_example")
+    text = ["| model | one eager forward, MiB | creation, MiB | ratio | left afterwards, MiB |", "|---" * 5 + "|"]
+    for row in rows:
+        eager, creation = row["MiB at most"]["eager"], row["MiB at most"]["featx"]
+        cells = f"{eager:.0f} | {creation:.0f} | {creation / eager:.2f} | {row['MiB left']['featx']:.0f}"
+        text.append(f"| {row['model']} | {cells} |")
+    return "\n".join(text) if rows else ""
 
 
 # Column -> what a row of bench_reach says of tracing in this way; nothing if it worked.
@@ -218,7 +234,7 @@ def main() -> None:
     (HERE / "plots").mkdir(exist_ok=True)
     for name, found in results():
         draw(name, found)
-        print(f"{title(found)}\n\n{table(found, SHORT)}\n\n{table(found)}\n")
+        print(f"{title(found)}\n\n{table(found, SHORT)}\n\n{table(found)}\n\n{memory(found)}\n")
     print(reach(json.loads(REACH.read_text(encoding="utf-8"))["models"]))
 
 

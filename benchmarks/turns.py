@@ -88,15 +88,18 @@ class Turns:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def peak_memory(self, function: Callable[[], Any]) -> int:
-        """The most bytes that are allocated at a time while the function runs, beyond what was before."""
+    def memory(self, function: Callable[[], Any]) -> Tuple[int, int]:
+        """The most bytes that are allocated at a time while the function runs, and those that it leaves.
+
+        Both are beyond what was there before.
+        """
         function()
         gc.collect()
         if self.device == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             function()
-            return torch.cuda.max_memory_allocated() - before
+            return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             function()
         # The events of the allocator itself: bytes, negative when they are given back.
@@ -106,7 +109,11 @@ class Turns:
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
             peak = max(peak, now)
-        return peak
+        return peak, now
+
+    def peak_memory(self, function: Callable[[], Any]) -> int:
+        """The most bytes that are allocated at a time while the function runs."""
+        return self.memory(function)[0]
 
 
 def roomy(function: Callable[[], float]) -> float:

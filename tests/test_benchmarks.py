@@ -74,6 +74,7 @@ def test_the_readmes_show_the_results() -> None:
     for name, found in RESULTS.items():
         short, full = plot.table(found, plot.SHORT), plot.table(found)
         assert full in everything, "python -m benchmarks.plot prints it"
+        assert plot.memory(found) in everything
         assert plot.title(found) in everything
         assert plot.title(found) in first_screens
         kinds = ["features", "forward"]
