@@ -243,7 +243,7 @@ def get_graph_node_names(
         suppress_diff_warning: do not warn when the two modes differ.
         concrete_args: values for arguments of ``forward`` that are fixed while tracing.
         exact: name by rule 5 as well: the path of a module means that module. What tracing would
-            lose is refused: a forward that draws random numbers, changes the grad mode or autocast,
+            lose is refused: a forward that draws random numbers, runs a part under autocast,
             assigns buffers or takes tensors of an earlier call; hooks of the model itself.
         auto_leaf: where the forward of a submodule is not traceable, make its class a leaf and try
             again; a warning lists the classes.
@@ -412,8 +412,8 @@ class _Recording:
             if not self.tracer.stands_for(self, torch.Tensor):
                 bool(self.tracer.record(hasattr, self, name))
             raise
-        if self.tracer.has_no_grad(value):
-            _ = attribute.node  # which is recorded now, and not once gradients are on again
+        if isinstance(value, torch.Tensor) and self.tracer.block():
+            _ = attribute.node  # which is recorded now, and not once the block has ended
         if isinstance(value, str):
             return self.tracer.answer(attribute)
         return self.tracer.record(getattr, self, name) if value is None else attribute
@@ -997,7 +997,9 @@ class NodePathTracer(_AnsweringTracer):
         self.root = root if isinstance(root, nn.Module) else nn.Module()
         self.training = self.root.training
         self._thread = threading.get_ident()
-        self._modes = _current_modes()
+        self._outer_autocast = _autocast_depth()
+        self._outer_grad = torch.is_grad_enabled()
+        self._enabling: list[bool] = []
         self.watched = {id(buffer): buffer for buffer in self.root.buffers()}
         self.views: set[int] = set()
         self.written: set[int] = set()
@@ -1012,9 +1014,9 @@ class NodePathTracer(_AnsweringTracer):
         with contextlib.ExitStack() as undo, _Watch(self), _Patcher() as patcher:
             undo.callback(self.put_back)
             undo.enter_context(self._noting_mode())
-            # Where gradients are enabled already, enabling them again changes no mode.
             for block in (torch.enable_grad, torch.set_grad_enabled):
-                patcher.patch_method(block, "__enter__", self._losing(block.__enter__))
+                for method in (block.__enter__, block.__exit__):
+                    patcher.patch_method(block, method.__name__, self._noting_block(method))
             # torch.fx wraps neither _function() nor module.function().
             for function in self._autowrapped:
                 namespace = getattr(function, "__globals__", {})
@@ -1033,7 +1035,7 @@ class NodePathTracer(_AnsweringTracer):
         """Record the call of a leaf module, or trace through the module with its path as scope."""
         if self._is_aside():
             return forward(*args, **kwargs)
-        self._check_modes()  # before the scope changes: a block here is the caller's
+        self.block()  # before the scope changes: a block here is the caller's
         try:
             path = self.path_of_module(m)
         except NameError:  # a module that is not part of the model is traced through
@@ -1081,7 +1083,7 @@ class NodePathTracer(_AnsweringTracer):
 
         Gives the stand-in for its value, or None where the example's value is None.
         """
-        self._check_modes()
+        block = self.block()
         kind, target, values, *_ = args
         if kind == "placeholder" and values and isinstance(values[0], torch.Tensor):
             raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
@@ -1097,32 +1099,47 @@ class NodePathTracer(_AnsweringTracer):
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
-        if self.has_no_grad(value):
-            proxy = self._detached(proxy, values)  # which gets the name, and is what one asks for
+        if block:
+            node.meta["featx_block"] = block
         name = self._namer.name(self.current_module_qualname, own)
-        self.node_to_qualname[proxy.node] = name
+        self.node_to_qualname[node] = name
         if value is not None or kind == "placeholder":
             return proxy
         if target not in (torch._assert, operator.setitem, setattr):
             self.guard_none(proxy)
         return None
 
-    def has_no_grad(self, value: Any) -> bool:
-        """Whether what the forward computes now is a tensor without gradients."""
-        is_recorded = self.exact and not torch.is_grad_enabled()
-        return is_recorded and isinstance(value, torch.Tensor)
+    def block(self) -> str:
+        """The code of the grad mode in which an operation is recorded; by default it is lost."""
+        if _autocast_depth() != self._outer_autocast:
+            self.lose(_AUTOCAST)
+        if self._outer_grad and not torch.is_grad_enabled():
+            block = "torch.no_grad()"
+        elif any(self._enabling):
+            block = "torch.enable_grad()"
+        else:
+            return ""
+        if self.exact:
+            return block
+        self.lose(_GRAD_MODE)
+        return ""
 
-    def _detached(self, proxy: Any, arguments: Any) -> Any:
-        """The stand-in for what is computed where gradients are switched off."""
-        value = proxy._value
-        if _is_in_place(proxy.node) and _is_no_integer(value):
-            self.lose(_GRAD_MODE)
-        is_given = any(value is _example_of(argument) for argument in arguments)
-        if is_given or proxy.node.op == "get_attr":  # which keeps its gradients
-            return proxy
-        detached = self.proxy(self.graph.call_function(torch.detach, (proxy.node,)))
-        self.note_value(detached, value)
-        return detached
+    def _noting_block(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Of the method that enters or leaves an enabling block one that notes it.
+
+        Where gradients are enabled already, their state does not show such a block.
+        """
+
+        def noting(block: Any, *arguments: Any) -> Any:
+            if self._is_aside():
+                pass
+            elif arguments:  # it leaves
+                self._enabling.pop()
+            else:
+                self._enabling.append(getattr(block, "mode", True))
+            return method(block, *arguments)
+
+        return noting
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The stand-in for a node's value."""
@@ -1174,14 +1191,6 @@ class NodePathTracer(_AnsweringTracer):
         if position is None:
             position = len(self.graph.nodes)
         self.losses[kind] = position, f"{where} {kind}; {remedy}{_source_line(_frames_inside())}"
-
-    def _check_modes(self) -> None:
-        autocast, grad = _current_modes()
-        if autocast != self._modes[0]:
-            self.lose(_AUTOCAST)
-        is_recorded = self.exact and self.example
-        if grad != self._modes[1] and not is_recorded:
-            self.lose(_GRAD_MODE)
 
     def _check_buffers(self, module: nn.Module, before: Mapping[str, Any]) -> None:
         """See whether the forward of a module assigned to one of its buffers."""
@@ -1249,14 +1258,6 @@ class NodePathTracer(_AnsweringTracer):
         is_called_so = type(self.root).__call__ is nn.Module.__call__
         if hooks or "forward" in vars(self.root) or not is_called_so:
             self.lose(_AROUND, 0)
-
-    def _losing(self, enter: Callable[..., Any]) -> Callable[..., Any]:
-        def losing(*arguments: Any) -> Any:
-            if not self._is_aside():
-                self.lose(_GRAD_MODE)
-            return enter(*arguments)
-
-        return losing
 
 
 _CONSTANTS = frozenset([bool, float, int, str, type(None)])
@@ -1340,10 +1341,10 @@ def _is_no_integer(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _current_modes() -> tuple[int, bool]:
-    """How deep in blocks of autocast, and in which grad mode, this thread is."""
+def _autocast_depth() -> int:
+    """How deep in blocks of autocast this thread is."""
     torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting(), torch.is_grad_enabled()
+    return torch.autocast_decrement_nesting()
 
 
 # ---- tracing both modes
@@ -2390,6 +2391,17 @@ def _generate(graph: fx.Graph) -> _Code:
     # "x += y;  iadd = x" becomes "iadd = x;  iadd += y", so that a number x stays.
     pattern, replacement = r"^    (\w+) (\W+=) (.+);  (\w+) = \1\b", r"    \4 = \1;  \4 \2 \3"
     plain = re.sub(pattern, replacement, code.src, flags=re.MULTILINE)
+
+    blocks = {
+        node.name: f"with {node.meta['featx_block']}: "
+        for node in graph.nodes
+        if "featx_block" in node.meta
+    }
+
+    def in_block(match: re.Match[str]) -> str:  # a line begins with the name of its node
+        return f"    {blocks.get(match[1], '')}{match[1]}"
+
+    plain = re.sub(r"^    (\w+)", in_block, plain, flags=re.MULTILINE)
 
     def with_paths(source: Callable[[fx.Node], str]) -> str:
         def written(match: re.Match[str]) -> str:
