@@ -347,9 +347,27 @@ def test_openvino_keeps_the_keys_of_a_module() -> None:
     actual = by_openvino(openvino.convert_model(extractor, example_input=X))
     assert list(actual) == IN_ORDER
     assert_close(actual, eager(model, KEYS, X))
+
+
+def test_openvino_leaves_what_it_converts_in_eval_mode() -> None:
+    openvino = pytest.importorskip("openvino")
+    model = blocks()
+    extractor = helpers.extract(model, KEYS)
+    leaf = model.get_submodule("0.first")
+    openvino.convert_model(copy.deepcopy(extractor), example_input=X)
+    assert extractor.training
+    assert leaf.training
+    openvino.convert_model(extractor, example_input=X)
     assert not extractor.training
-    assert not model.get_submodule("0.first").training, "a leaf is the model's, too"
+    assert not leaf.training, "a leaf is the model's, too"
     assert model.training
+
+
+def test_openvino_names_two_keys_of_one_value_alike() -> None:
+    openvino = pytest.importorskip("openvino")
+    extractor = helpers.extract(blocks(), {"0": "a", "0.add": "b"})
+    converted = openvino.convert_model(extractor, example_input=X)
+    assert [output.get_names() for output in converted.outputs] == [{"b"}, {"b"}]
 
 
 def test_openvino_loses_the_keys_of_a_program() -> None:
