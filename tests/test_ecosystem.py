@@ -211,30 +211,172 @@ def test_jit_trace_and_freeze(extract: Extract) -> None:
 # --- ONNX ---
 
 
+def from_onnx(file: str) -> Callable[[torch.Tensor], Values]:
+    """What runs a file with onnxruntime: the values by the names of its outputs, in its order."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    (argument,) = session.get_inputs()
+
+    def run(x: torch.Tensor) -> Values:
+        values = session.run(None, {argument.name: x.numpy()})
+        return dict(zip(names, map(torch.from_numpy, values)))
+
+    return run
+
+
 @parametrize("name", ["blocks", "resnet18", "vit"])
 def test_onnx(extract: Extract, name: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     model, paths, x = case_of(name)
-    keys = list(paths.values())
     file = str(tmp_path / "extractor.onnx")
     torch.onnx.export(
         extract(model.eval(), paths),
         (x,),
         file,
         input_names=["x"],
-        output_names=keys,
+        output_names=list(paths.values()),
         dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
         verbose=False,
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == keys
+    run = from_onnx(file)
     for batch in (x, x[:3]):
-        values = session.run(None, {"x": batch.numpy()})
-        actual = dict(zip(keys, map(torch.from_numpy, values)))
+        actual = run(batch)
+        assert list(actual) == list(paths.values())
         # onnxruntime folds batch norm into convolutions and adds in another order: some 1e-6 of values around 1.
         assert_close(actual, eager(model, paths, batch), rtol=1e-4, atol=1e-5)
+
+
+# --- exporters: who keeps the keys ---
+
+KEYS = {"1": "z", "0": "a.deep"}  # the second block is asked for first
+IN_ORDER = ["a.deep", "z"]
+
+
+def test_export_gives_a_dict_that_cannot_be_changed() -> None:
+    model = blocks()
+    extractor = helpers.extract(model, KEYS)
+    values = check(torch.export.export(extractor, (X,)).module(), model, KEYS)
+    assert list(values) == IN_ORDER
+    with pytest.raises(TypeError, match="does not support mutation"):
+        values["more"] = X
+    dict(values)["more"] = X
+    of_strict = check(torch.export.export(extractor, (X,), strict=True).module(), model, KEYS)
+    of_strict["more"] = X
+
+
+def to_onnx(extractor: nn.Module, folder: Path, **options: Any) -> str:
+    pytest.importorskip("onnxruntime")
+    file = str(folder / "extractor.onnx")
+    torch.onnx.export(extractor.eval(), (X,), file, dynamo=True, verbose=False, **options)
+    return file
+
+
+def check_onnx(file: str) -> Any:
+    """The file's graph, if ONNX's own checker finds nothing wrong."""
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(file, full_check=True)
+    return onnx.load(file).graph
+
+
+@parametrize(
+    ("names", "given"),
+    [
+        (None, ["add", "add_1"]),
+        (IN_ORDER, IN_ORDER),
+        (["z", "a.deep"], ["z", "a.deep"]),  # the order of the queries: each name is on the other value
+        (["a.deep"], ["a.deep", "add_1"]),
+        ([*IN_ORDER, "more"], IN_ORDER),
+    ],
+    ids=str,
+)
+def test_onnx_names_go_by_position(names: list[str] | None, given: list[str], tmp_path: Path) -> None:
+    model = blocks()
+    extractor = helpers.extract(model, KEYS)
+    assert list(extractor(X)) == IN_ORDER
+    file = to_onnx(extractor, tmp_path, output_names=names)
+    check_onnx(file)
+    actual = from_onnx(file)(X)
+    low, high = eager(model, KEYS, X).values()
+    assert list(actual) == given
+    assert_close(list(actual.values()), [low, high])
+    assert differ(low, high)
+
+
+@parametrize("options", [{"output_names": ["add"]}, {"output_names": ["x"], "input_names": ["x"]}], ids=str)
+def test_onnx_refuses_a_key_that_is_a_name_inside(options: dict[str, Any], tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    file = to_onnx(helpers.extract(blocks(), "1"), tmp_path, **options)
+    with pytest.raises(onnx.checker.ValidationError, match="single static assignment"):
+        check_onnx(file)
+
+
+@parametrize(("options", "name"), [({}, "input_orig"), ({"input_names": ["rows"]}, "rows")], ids=str)
+def test_onnx_renames_an_input_that_is_returned(options: dict[str, Any], name: str, tmp_path: Path) -> None:
+    model = blocks()
+    extractor = helpers.extract(model, ["input", "0"])
+    file = to_onnx(extractor, tmp_path, output_names=list(extractor(X)), **options)
+    assert [argument.name for argument in check_onnx(file).input] == [name]
+    assert_close(from_onnx(file)(X), {"input": X, **eager(model, {"0": "0"}, X)})
+
+
+@parametrize("exact", [False, True])
+def test_onnx_of_a_batch_norm_before_relu_in_place(exact: bool, tmp_path: Path) -> None:
+    model = Sequential(linear(), nn.BatchNorm1d(4), nn.ReLU(inplace=True), linear()).eval()
+    paths = {"1": "norm", "2": "relu"}
+    extractor = helpers.extract_quietly(model, paths, exact=exact)
+    actual = from_onnx(to_onnx(extractor, tmp_path, output_names=list(extractor(X))))(X)
+    norm, relu = eager(model, paths, X).values()
+    assert not torch.allclose(norm, relu)
+    assert_close(actual, {"norm": norm if exact else relu, "relu": relu})
+
+
+def by_openvino(converted: Any) -> Values:
+    """In single precision, which is not OpenVINO's choice on every processor."""
+    openvino = pytest.importorskip("openvino")
+    values = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(X.numpy())
+    return {output.any_name: torch.from_numpy(value) for output, value in values.items()}
+
+
+def test_openvino_keeps_the_keys_of_a_module() -> None:
+    openvino = pytest.importorskip("openvino")
+    model = blocks()
+    extractor = helpers.extract(model, KEYS)
+    actual = by_openvino(openvino.convert_model(extractor, example_input=X))
+    assert list(actual) == IN_ORDER
+    assert_close(actual, eager(model, KEYS, X))
+
+
+def test_openvino_leaves_what_it_converts_in_eval_mode() -> None:
+    openvino = pytest.importorskip("openvino")
+    model = blocks()
+    extractor = helpers.extract(model, KEYS)
+    leaf = model.get_submodule("0.first")
+    openvino.convert_model(copy.deepcopy(extractor), example_input=X)
+    assert extractor.training
+    assert leaf.training
+    openvino.convert_model(extractor, example_input=X)
+    assert not extractor.training
+    assert not leaf.training, "a leaf is the model's, too"
+    assert model.training
+
+
+def test_openvino_names_two_keys_of_one_value_alike() -> None:
+    openvino = pytest.importorskip("openvino")
+    extractor = helpers.extract(blocks(), {"0": "a", "0.add": "b"})
+    converted = openvino.convert_model(extractor, example_input=X)
+    assert [output.get_names() for output in converted.outputs] == [{"b"}, {"b"}]
+
+
+def test_openvino_loses_the_keys_of_a_program() -> None:
+    openvino = pytest.importorskip("openvino")
+    model = blocks()
+    program = torch.export.export(helpers.extract(model, KEYS), (X,))
+    actual = by_openvino(openvino.convert_model(program))
+    assert list(actual) == ["add:0", "add_1:0"]
+    assert_close(list(actual.values()), list(eager(model, KEYS, X).values()))
 
 
 # --- files ---
@@ -585,6 +727,77 @@ def test_changed_weights(extract: Extract, change: str, first: str) -> None:
     assert differ(actual, before)
     assert same(gradients(actual, extractor), gradients(eager(model, BLOCKS, X, clone=False), extractor))
     assert set(extractor.state_dict()) == {name for name in model.state_dict() if not name.startswith("2.")}
+
+
+# --- what is shared with the model ---
+
+
+def test_torchao_quantizes_the_model_too() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = blocks()
+    before = eager(model, BLOCKS, X)
+    extractor = helpers.extract(model, BLOCKS)
+    apart = copy.deepcopy(extractor)
+    quantization.quantize_(extractor, quantization.Int8WeightOnlyConfig())
+    assert differ(check(extractor, model, BLOCKS), before)
+    assert same(apart(X), before)
+
+
+def test_accelerate_offloads_what_a_container_holds_and_does_not_bring_it_back() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    # Attention reads the weights of a part without calling it, which accelerate has to be told of.
+    options = {"execution_device": "cpu", "preload_module_classes": ["MultiheadAttention"]}
+    model, paths, x = case_of("vit")
+    expected = eager(model, paths, x)
+    position = model.encoder.pos_embedding.detach().clone()
+    extractor = helpers.extract(model, paths)
+    assert same(eager(accelerate.cpu_offload(copy.deepcopy(model), **options), paths, x), expected)
+    accelerate.cpu_offload(extractor, **options)
+    assert model.encoder.layers.encoder_layer_0.mlp[0].weight.is_meta, "a leaf is the model's, too"
+    with pytest.raises(RuntimeError, match="meta"):
+        extractor(x)
+    accelerate.utils.set_module_tensor_to_device(extractor, "encoder.pos_embedding", "cpu", position)
+    assert same(extractor(x), expected)
+
+
+@parametrize("leaf", [False, True])
+def test_peft_merges_an_adapter_that_is_traced_as_well(leaf: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = blocks()
+    twice = copy.deepcopy(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["first"], init_lora_weights=False)).eval()
+    expected = eager(model, BLOCKS, X)
+    layers = {"tracer_kwargs": {"leaf_modules": [peft.tuners.lora.Linear]}}
+    extractor = helpers.extract(model, BLOCKS, **(layers if leaf else {"example_inputs": (X,)}))
+    assert same(extractor(X), expected)
+    with torch.no_grad():
+        for path in ("0.first", "1.first"):
+            twice.get_submodule(path).weight += 2 * model.get_submodule(path).get_delta_weight("default")
+    adapted.merge_adapter()
+    assert_close(eager(model, BLOCKS, X), expected)
+    assert_close(extractor(X), expected if leaf else eager(twice, BLOCKS, X))
+    assert not torch.allclose(expected["low"], eager(twice, BLOCKS, X)["low"])
+
+
+def test_captum_asks_leaves_and_one_tensor() -> None:
+    captum = pytest.importorskip("captum.attr")
+    model, paths, x = case_of("resnet18")
+    extractor = helpers.extract(model.eval(), paths)
+    leaf = extractor.get_submodule("layer2.1.conv2")
+    (expected,) = eager(model, {"layer2.1.conv2": "conv2"}, x).values()
+    assert equal(captum.LayerActivation(extractor, leaf).attribute(x), expected)
+    with pytest.raises(AssertionError, match="did not obtain any outputs"):
+        captum.LayerActivation(extractor, extractor.get_submodule("layer1")).attribute(x)
+
+    def cam(forward: Callable[..., Any]) -> torch.Tensor:
+        return captum.LayerGradCam(forward, leaf).attribute(x, target=(0, 0, 0))
+
+    with pytest.raises(AttributeError, match="'dict' object has no attribute 'shape'"):
+        cam(extractor)
+    by_hand = Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1, model.layer2)
+    actual = cam(lambda x: extractor(x)["high"])
+    assert same(actual, cam(by_hand))
+    assert actual.any()
 
 
 # --- modules around and inside ---
