@@ -14,7 +14,7 @@ from tests.versions import numbers, version
 
 TOX = configparser.ConfigParser(interpolation=None)
 TOX.read(ROOT / "tox.ini")
-ENVIRONMENTS = ["oldest", "between1", "between2", "newest", "alone", "exporters"]
+ENVIRONMENTS = ["oldest", "between1", "between2", "newest", "latest", "python313", "alone", "exporters"]
 IN_TOX = pytest.mark.skipif(os.environ.get("TOX_ENV_NAME") not in ENVIRONMENTS, reason="not in tox's environments")
 
 
