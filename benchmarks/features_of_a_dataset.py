@@ -1,8 +1,7 @@
 """Features of the images in a folder, as Parquet, on Ray: ``python -m benchmarks.features_of_a_dataset OUT [FOLDER]``.
 
-OUT, called OUT.part until it is whole, has a row for each file: path, error ("" if it could be read), and for each key
-the values as a flat list (of NaN if it could not), beside them their shape in a column ``key.shape``, since pyarrow and
-DuckDB do not see the shapes that Ray notes. benchmarks/README.md shows the same with torchrun.
+OUT, which is OUT.part until it is whole, has a row for each file: path, error, and for each key the values as a flat
+list and their shape, in a column ``key.shape``, as pyarrow and DuckDB do not see the shapes that Ray notes elsewhere.
 """
 
 import argparse
