@@ -158,6 +158,20 @@ def test_one_two_and_no_actors_are_compared(made: tuple[Path, str], tmp_path: Pa
             assert same(features_of(a), features_of(b))
 
 
+def test_the_readmes_share_of_each_process_of_torchrun(made: tuple[Path, str], tmp_path: Path) -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if "WORLD_SIZE" in block)
+    (tmp_path / "share.py").write_text(code)
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        shutil.copy(made[0] / "images" / f"{number:03}.png", tmp_path / "photos")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "share.py"]
+    done = python(*command, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    shares = [[row["path"] for row in rows_of(tmp_path / f"features-{rank}-of-2")] for rank in (0, 1)]
+    assert shares == [[f"photos/{number:03}.png" for number in range(rank, 5, 2)] for rank in (0, 1)]
+
+
 @pytest.mark.parametrize("wrong", ["nothing there", "no folder"])
 def test_wrong_input_is_one_line(wrong: str, tmp_path: Path) -> None:
     folder = tmp_path / "images"
