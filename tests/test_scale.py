@@ -172,13 +172,17 @@ def test_the_readmes_share_of_each_process_of_torchrun(made: tuple[Path, str], t
     assert shares == [[f"photos/{number:03}.png" for number in range(rank, 5, 2)] for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("wrong", ["nothing there", "no folder"])
+@pytest.mark.parametrize("wrong", ["no folder", "nothing in it", "there already"])
 def test_wrong_input_is_one_line(wrong: str, tmp_path: Path) -> None:
     folder = tmp_path / "images"
-    if wrong == "nothing there":
+    if wrong != "no folder":
         folder.mkdir()
+    if wrong == "there already":
+        (folder / "image.png").touch()
+        (tmp_path / "out").mkdir()
     done = run(tmp_path / "out", folder)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith(f"no file in {folder}, or {tmp_path / 'out'} is there already")
-    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out").exists() == (wrong == "there already")
+    assert not (tmp_path / "out.part").exists()
