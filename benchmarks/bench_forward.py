@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from typing import Any, Callable, Dict, Tuple
 
 import pytest
@@ -83,6 +84,8 @@ def test_compiled(name: str, size: str, batch: int, turns: Turns, device: str, n
     is_quick = name not in SLOW_TO_COMPILE if device == "cpu" else name in COMPILED_ON_A_GPU
     if not is_quick or (size, batch) != ("small", 1):
         not_run("to compile it takes minutes")
+    if not shutil.which("g++"):
+        not_run("torch.compile wants a C++ compiler")
     model, x = make(name, size, batch, device)
     made = extractors(model, featx.get_graph_node_names(model, suppress_diff_warning=True).eval[-1:])
     modules = {"eager": model, "featx": made["featx"], "torchvision": made["torchvision"]}

@@ -1,12 +1,17 @@
-"""Options, fixtures, and the results: printed, and saved with ``--save`` if all benchmarks of the device ran."""
+"""Options, fixtures, and the results: printed, and saved with ``--save`` if all benchmarks of the device ran.
+
+``--save-to`` saves a part as well, in a folder of its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import platform
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
@@ -20,6 +25,8 @@ import featx
 from benchmarks.turns import Turns
 
 RESULTS = Path(__file__).parent / "results"
+collect_ignore = ["features_of_a_dataset.py"]  # it wants Ray, and holds no tests
+START = time.monotonic()
 FOUND = pytest.StashKey[List[Dict[str, Any]]]()
 NOT_RUN = pytest.StashKey[Dict[str, str]]()
 IS_PARTIAL = pytest.StashKey[bool]()
@@ -29,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the models compute")
     parser.addoption("--save", action="store_true", help="write benchmarks/results/<machine>.json")
     parser.addoption("--against", type=Path, metavar="FILE", help="another featx.py whose creation is timed, too")
+    parser.addoption("--save-to", metavar="FOLDER", help="write FOLDER/<machine>.json, also of a part")
+    parser.addoption("--until", metavar="SECONDS", type=float, help="leave out what would begin later than that")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,7 +79,10 @@ def against(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def turns(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Turns]:
+def turns(request: pytest.FixtureRequest, benchmark: Any, not_run: Callable[[str], Any]) -> Iterator[Turns]:
+    until = request.config.getoption("--until")
+    if until is not None and time.monotonic() - START > until:
+        not_run(f"--until {until:g}: no time was left")
     yield Turns(benchmark, request.config.getoption("--device"))
     if benchmark.extra_info:
         request.config.stash[FOUND].append({"benchmark": request.node.name, **benchmark.extra_info})
@@ -113,24 +125,34 @@ def machine(device: str) -> Dict[str, Any]:
     }
 
 
+def blob(path: Path) -> str:
+    """What git calls a file by: a machine without the history tells what it ran by this."""
+    text = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     found, is_whole = config.stash[FOUND], not config.stash[IS_PARTIAL]
-    if not (found and config.getoption("--save") and is_whole and exitstatus == pytest.ExitCode.OK):
+    folder = config.getoption("--save-to") or (config.getoption("--save") and is_whole and RESULTS)
+    if not (found and folder and exitstatus == pytest.ExitCode.OK):
         return
+    if not is_whole:
+        config.stash[NOT_RUN]["all other benchmarks"] = f"-k {config.option.keyword!r} leaves them out"
     device = config.getoption("--device")
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     results = {
         "device": device,
         "machine": machine(device),
-        "commit": {"id": commit["id"], "changed_since": commit["dirty"]},
+        "commit": {"id": commit["id"], "changed_since": commit["dirty"], "featx.py": blob(Path(featx.__file__))},
         "not_run": config.stash[NOT_RUN],
         "benchmarks": found,
     }
     cores = "" if device == "cuda" else f" {results['machine']['cores']} cores"
     name = re.sub(r"\W+", "-", re.sub(r"\(\w+\)", "", results["machine"]["processor"] + cores).lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

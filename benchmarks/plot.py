@@ -1,9 +1,14 @@
-"""Draws benchmarks/plots from benchmarks/results, and prints the READMEs' tables: ``python -m benchmarks.plot``."""
+"""Draws benchmarks/plots from benchmarks/results, and prints the READMEs' tables: ``python -m benchmarks.plot``.
+
+``python -m benchmarks.plot FOLDER`` does so for the results in a folder, and draws into it, where matplotlib is there.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, Iterator, List, Tuple
 
@@ -27,9 +32,9 @@ LABELS = {
 }
 
 
-def results() -> Iterator[Tuple[str, Dict[str, Any]]]:
+def results(folder: Path = HERE / "results") -> Iterator[Tuple[str, Dict[str, Any]]]:
     """The results of each machine: ``(name of the file, what is in it)``."""
-    for path in sorted((HERE / "results").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         if path != REACH:
             yield path.stem, json.loads(path.read_text(encoding="utf-8"))
 
@@ -104,6 +109,19 @@ def table(found: Dict[str, Any], only: Collection[str] = ()) -> str:
     return "\n".join(text)
 
 
+def in_words(found: Dict[str, Any]) -> str:
+    """What the first README says of a GPU, where models compute and nothing is traced; of a CPU it has the table."""
+    rows = found["benchmarks"]
+    whole = chosen(rows, "test_forward", size="small", batch=1)
+    block = chosen(rows, "test_features", task="the first block of vit_b_16")
+    if not (whole and block):
+        return "The rows of the first README were not run."
+    ours, theirs = (
+        " and ".join(cell(of, name).split(" ")[0] for of in (whole, block)) for name in ("featx", "torchvision")
+    )
+    return f"{title(found)}: the two rows that compute are {ours}, torchvision's {theirs}."
+
+
 def cell(rows: List[Row], name: str) -> str:
     """``"0.97 (0.93 to 1.01)"``: of one result the quartiles, of several the extremes; nothing where it was not run."""
     ratios = [row["ratios"][name] for row in rows if name in row["ratios"]]
@@ -151,8 +169,8 @@ def reach(rows: List[Row]) -> str:
 # ----------------------------------------------------------------------------------------- drawing
 
 
-def draw(name: str, found: Dict[str, Any]) -> None:
-    """The plots of one machine."""
+def draw(name: str, found: Dict[str, Any], folder: Path) -> None:
+    """The plots of one machine, into a folder."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -162,7 +180,7 @@ def draw(name: str, found: Dict[str, Any]) -> None:
         figure = plot(found["benchmarks"])
         if figure is not None:
             figure.suptitle(title(found), fontsize=8)
-            figure.savefig(HERE / "plots" / f"{plot.__name__}-{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+            figure.savefig(folder / f"{plot.__name__}-{name}.svg", metadata={"Date": None}, bbox_inches="tight")
 
 
 def forward(rows: List[Row]) -> Any:
@@ -229,12 +247,23 @@ def growth(rows: List[Row]) -> Any:
     return figure
 
 
+def show(results_folder: Path, plots_folder: Path) -> None:
+    """Draw what was measured on each machine, and print it."""
+    plots_folder.mkdir(exist_ok=True)
+    for name, found in results(results_folder):
+        if importlib.util.find_spec("matplotlib"):
+            draw(name, found, plots_folder)
+        else:
+            print("no plots, since matplotlib is not there\n")
+        print(f"{title(found)}\n\n{in_words(found)}\n\n{table(found, SHORT)}\n\n{table(found)}\n\n{memory(found)}\n")
+
+
 def main() -> None:
     """Draw everything, and print the tables."""
-    (HERE / "plots").mkdir(exist_ok=True)
-    for name, found in results():
-        draw(name, found)
-        print(f"{title(found)}\n\n{table(found, SHORT)}\n\n{table(found)}\n\n{memory(found)}\n")
+    if sys.argv[1:]:
+        show(Path(sys.argv[1]), Path(sys.argv[1]))
+        return
+    show(HERE / "results", HERE / "plots")
     print(reach(json.loads(REACH.read_text(encoding="utf-8"))["models"]))
 
 

@@ -20,6 +20,11 @@ settings.register_profile("nightly", _common, max_examples=6000)
 settings.load_profile("dev")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("FEATX_DEVICE") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("FEATX_DEVICE=cuda: torch finds no GPU, so that nothing was run")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     try:
         import torchvision

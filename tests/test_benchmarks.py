@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,30 @@ def stored() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
 
 
-def test_a_part_runs_and_is_not_saved() -> None:
+def test_a_part_runs_and_is_saved_elsewhere_alone(tmp_path: Path) -> None:
     before = stored()
-    code, text = benchmark("-k", "test_growth and functions and 250", "--save")
+    code, text = benchmark("-k", "test_growth and functions and 250", "--save", "--save-to", str(tmp_path))
     assert code == 0, text
     assert re.search(r"test_growth_of_names\[functions in one scope-250\], compared with two traces, \d+ rounds", text)
     assert re.search(r"^ +featx +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) +\d+\.\d\d ms$", text, re.MULTILINE)
     assert "not run: CUDA: --device cuda runs it on a machine with a GPU" in text
     assert stored() == before
+    (path,) = tmp_path.iterdir()
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["benchmark"] for row in saved["benchmarks"]] == re.findall(r"^(test_\w+\[.*\]), compared", text, re.M)
+    assert saved["not_run"]["all other benchmarks"].endswith("leaves them out")
+    assert saved["commit"]["featx.py"] == git_name_of((ROOT / "featx.py").read_bytes())
+
+
+def git_name_of(text: bytes) -> str:
+    return hashlib.sha1(b"blob " + str(len(text)).encode() + b"\0" + text).hexdigest()
+
+
+def test_a_part_that_began_too_late_is_left_out() -> None:
+    code, text = benchmark("-k", "test_mode_flips", "--until", "0")
+    assert code == 0, text
+    assert re.search(r"not run: test_mode_flips\S*: --until 0: no time was left", text)
+    assert "compared with" not in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -52,9 +71,10 @@ def test_without_a_gpu_nothing_passes_on_one() -> None:
 @parametrize("name", RESULTS)
 def test_results_say_what_was_measured(name: str) -> None:
     found = RESULTS[name]
-    assert re.fullmatch(r"[0-9a-f]{40}", found["commit"]["id"])
-    # A machine with a GPU gets the files, and not the history.
-    assert found["commit"]["changed_since"] is (found["device"] == "cuda")
+    # A machine with a GPU gets the files, and not the history: then it is the file's own hash that tells.
+    assert re.fullmatch(r"[0-9a-f]{40}", found["commit"].get("featx.py", found["commit"]["id"]))
+    assert found["device"] == "cuda" or re.fullmatch(r"[0-9a-f]{40}", found["commit"]["id"])
+    assert found["device"] == "cuda" or not found["commit"]["changed_since"]
     assert {"processor", "cores", "python", "torch", "torchvision", "featx"} <= set(found["machine"])
     assert all(found["not_run"].values())
     assert found["benchmarks"]
@@ -78,6 +98,9 @@ def test_the_readmes_show_the_results() -> None:
         assert plot.title(found) in everything
         assert plot.title(found) in first_screens
         kinds = ["features", "forward"]
+        if found["device"] == "cuda":
+            _, ratios = plot.in_words(found).split(": ")
+            assert ratios in " ".join(first_screens.split()), "python -m benchmarks.plot prints it"
         if found["device"] == "cpu":
             assert short in first_screens, "python -m benchmarks.plot prints it"
             assert len(short.splitlines()) == 2 + len(plot.SHORT)
@@ -89,16 +112,46 @@ def test_the_readmes_show_the_results() -> None:
             assert drawn.startswith("<?xml")
 
 
-def test_every_machine_has_its_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_machine_has_its_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(plot, "HERE", tmp_path)
-    (tmp_path / "plots").mkdir()
     for name, found in RESULTS.items():
-        plot.draw(name, found)
-    drawn = {path.name for path in (tmp_path / "plots").iterdir()}
+        plot.draw(name, found, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (ROOT / "benchmarks" / "plots").glob("*.svg")}
     computed = [found for found in RESULTS.values() if found["device"] == "cuda"]
     assert len(drawn) == 3 * len(RESULTS) - len(computed)  # tracing is not measured on a GPU
+
+
+@parametrize("name", [name for name, found in RESULTS.items() if found["device"] == "cuda"])
+def test_the_file_of_a_gpu_is_all_that_the_readmes_need(name: str, tmp_path: Path) -> None:
+    """benchmarks/gpu.sh shows what it left as this does."""
+    pytest.importorskip("matplotlib")
+    shutil.copy(ROOT / "benchmarks" / "results" / f"{name}.json", tmp_path)
+    done = python("-m", "benchmarks.plot", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert plot.in_words(RESULTS[name]) in done.stdout
+    assert plot.table(RESULTS[name]) in done.stdout
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {f"{kind}-{name}" for kind in ("features", "forward")}
+
+
+@parametrize(
+    ("arguments", "error"),
+    [
+        (["--device", "tpu"], "--device is cpu or cuda, and not tpu"),
+        (["--device"], "--device is cpu or cuda"),
+        (["--fast"], "there is no option --fast"),
+    ],
+)
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_wrong_options_of_the_script_for_a_gpu(arguments: list[str], error: str) -> None:
+    script = str(ROOT / "benchmarks" / "gpu.sh")
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"gpu.sh: {error}; benchmarks/gpu.sh [--device cpu] [--quick] [FOLDER]\n"
+
+
+def test_words_of_a_part_without_the_rows_of_the_readme() -> None:
+    assert plot.in_words({"benchmarks": []}) == "The rows of the first README were not run."
 
 
 def test_cells_of_the_table() -> None:
