@@ -22,11 +22,11 @@ PHOTOGRAPH = Path(__file__).parent.parent / "tests" / "data" / "grace_hopper.jpg
 
 
 class Features:
-    def __init__(self):
+    def __init__(self) -> None:
         torch.manual_seed(0)
         self.extractor = create_feature_extractor(models.resnet18().eval().requires_grad_(False), QUERIES, exact=True)
 
-    def __call__(self, batch):
+    def __call__(self, batch: dict[str, list]) -> pyarrow.Table:
         images, errors = zip(*map(read, batch["path"]))
         columns = {**batch, "error": errors}
         for key, values in self.extractor(torch.stack(images)).items():
@@ -35,14 +35,14 @@ class Features:
         return pyarrow.table(columns)
 
 
-def read(path):
+def read(path: str) -> tuple[torch.Tensor, str]:
     try:
         return transforms.functional.to_tensor(Image.open(path).convert("RGB").resize((64, 64))), ""
     except Exception as error:
         return torch.full((3, 64, 64), torch.nan), repr(error)
 
 
-def write(rows, out, actors):
+def write(rows: list[dict[str, str]], out: Path, actors: int) -> float:
     start, part = time.perf_counter(), f"{out}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     if actors:
@@ -73,7 +73,7 @@ if __name__ == "__main__":
         for number, tile in enumerate(tiles.flatten(1, 2).unbind(1)):
             utils.save_image(tile, folder / f"{number:03}.png")
     rows = [{"path": path} for path in sorted(str(path) for path in folder.rglob("*") if path.is_file())]
-    outs = [options.out if len(options.actors) == 1 else Path(f"{options.out}-{number}") for number in options.actors]
+    outs = [options.out if len(options.actors) == 1 else Path(f"{options.out}-{each}") for each in options.actors]
     if not rows or any(out.exists() for out in outs):
         parser.error(f"no file in {folder}, or {options.out} is there already")
     rates = [write(rows, out, number) for out, number in zip(outs, options.actors)]
