@@ -1015,8 +1015,8 @@ class NodePathTracer(_AnsweringTracer):
             undo.callback(self.put_back)
             undo.enter_context(self._noting_mode())
             for block in (torch.enable_grad, torch.set_grad_enabled):
-                for method in (block.__enter__, block.__exit__):
-                    patcher.patch_method(block, method.__name__, self._noting_block(method))
+                for name in ("__enter__", "__exit__"):
+                    patcher.patch_method(block, name, self._noting_block(getattr(block, name)))
             # torch.fx wraps neither _function() nor module.function().
             for function in self._autowrapped:
                 namespace = getattr(function, "__globals__", {})

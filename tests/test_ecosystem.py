@@ -981,6 +981,11 @@ def _weights_only(module: nn.Module, file: Path) -> None:
     torch.load(file)
 
 
+def _to_onnx(module: nn.Module, file: Path) -> None:
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(module.eval(), (X,), str(file), verbose=False)
+
+
 def _save_tied(module: nn.Module, file: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
 
@@ -1083,7 +1088,7 @@ LIMITS: dict[str, Limit] = {
         "fully_shard gathers weights when a module is called, and a GraphModule calls leaves only: shard those",
     ),
     "onnx_eigenvalues": Limit(
-        lambda module, file: torch.onnx.export(module.eval(), (X,), str(file), verbose=False),
+        _to_onnx,
         holding(Eigenvalues()),
         torch.onnx.errors.OnnxExporterError,
         "Failed to convert the exported program to an ONNX model",
