@@ -16,7 +16,7 @@ from tests.helpers import ROOT, parametrize
 from tests.versions import older, version
 
 RESTORE_BETWEEN, RESTORE_AT_THE_END = "finally:\n            settle()", "undo.callback(restore)"
-VERSION = '__version__ = "0.1.0"\n'
+VERSION = '__version__ = "1.0.0"\n'
 PLANNED = "stays, missed = _staying(operations, reads)"
 MEMORIES = "    memory = {node: _Memory(node) for node in operations}"
 IN_TRAIN_MODE = "    if self.training:\n        return self._featx_train"
