@@ -400,10 +400,6 @@ PLAIN_ONLY = [
     "write-that-returns-something-fresh",
     "value-beside-a-write",
     "write-into-two-values",
-    "write-into-two-values-that-stay-apart",
-    "write-into-two-values-the-other-is-read",
-    "write-into-what-a-write-returned",
-    "requested-view-reads",
     "write-into-what-has-no-inputs",
     "state-that-is-fetched-twice",
 ]
