@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import jsonschema
 import pytest
@@ -41,6 +41,7 @@ from tests.helpers import (
     select,
     staying,
     suggestions,
+    traced,
     zoo,
 )
 from tests.nets import build
@@ -223,6 +224,19 @@ def test_differences_are_rows_of_both_readmes() -> None:
         used |= {vector.get("torchvision", {}).get("difference") for vector in load(name)["vectors"]}
     assert explained == sorted(used - {None})
     assert set(explained) <= {*rows, *more}
+
+
+def test_the_readme_counts_right() -> None:
+    vectors = sum(load(name)["count"] for name in ("naming", "selection", "pruning"))
+    assert f"{vectors} vectors, and {len(ZOO)} models" in readme(ROOT)
+    assert f"`zoo/` has {len(ZOO)} models" in readme(FOLDER)
+
+
+def test_the_three_rules_of_the_port_are_100_lines() -> None:
+    source = (FOLDER / "port.py").read_text(encoding="utf-8")
+    rules = source[source.index("# --- names") : source.index("# --- the files")]
+    code = [line for line in rules.splitlines() if line and not re.match(r'\s*(""".*"""$|#)', line)]
+    assert 95 <= len(code) <= 105
 
 
 # --- naming ---
@@ -803,6 +817,28 @@ def test_without_torchvision_no_file_is_touched(
         out, err = capsys.readouterr()
         assert (out, len(err.splitlines())) == ("", 1)
     assert (tmp_path / "alexnet.json").read_bytes() == (FOLDER / "zoo" / "alexnet.json").read_bytes()
+
+
+class Pair(NamedTuple):
+    a: Any
+    b: Any
+
+
+@parametrize(
+    "forward",
+    [
+        lambda model, x: torch.zeros(4).add_(x),
+        lambda model, x: torch.zeros(4).expand_as(x).add_(x),
+        lambda model, x: model.leaf(Pair(x, x)),
+    ],
+)
+def test_what_would_be_lost_is_refused(forward: Any) -> None:
+    """A write into a constant, and a value that is taken through what has no name."""
+    model = type("Model", (nn.Module,), {"forward": forward})()
+    model.leaf = nn.Identity()
+    tracer, _ = traced(model)
+    with pytest.raises(ValueError, match="takes what is not listed, or writes into it"):
+        generate.rows(tracer, [None] * 9)
 
 
 @parametrize("text", ["", "[]", "{", '{"train": 3}', '{"train": [[]], "eval": "same as train"}'])
