@@ -107,8 +107,9 @@ def both_traced(model: nn.Module, example: Any = None) -> Iterator[dict[str, Any
 @contextlib.contextmanager
 def traced_already(tracers: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """In the block one extractor is cut from copies of these tracers, which it gives, instead of tracing again."""
-    copies = {mode: tracer.in_other_mode().in_other_mode() for mode, tracer in tracers.items()}
-    for tracer in copies.values():
+    copies = {mode: tracer.in_other_mode() for mode, tracer in tracers.items()}
+    for mode, tracer in copies.items():
+        tracer.training = tracers[mode].training
         vars(tracer).pop("places", None)  # of the nodes that were copied
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(featx, "_trace_both", lambda *arguments: copies)

@@ -379,16 +379,16 @@ def listed_names(listed: list[Row], positions: Iterable[int]) -> list[str]:
 
 def cut_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What the extractors of two files keep otherwise, by names."""
-    lines = []
     before, after = cuts_of(old), cuts_of(new)
-    for which in {**before, **after}:
-        was, now = before.get(which, {}), after.get(which, {})
-        changed = [f"{part} {was.get(part)} -> {now.get(part)}" for part in ("node", "parameters")]
-        parts = [line for part, line in zip(("node", "parameters"), changed) if was.get(part) != now.get(part)]
+    lines = [f"removed the extractor of {which}" for which in before if which not in after]
+    lines += [f"added the extractor of {which}" for which in after if which not in before]
+    for which in filter(after.get, before):
+        was, now = before[which], after[which]
+        changed = [f"{part} {was[part]} -> {now[part]}" for part in ("node", "parameters") if was[part] != now[part]]
         for said, more, less in (("keeps", now, was), ("keeps no longer", was, now)):
-            names = [name for name in more.get("stays", ()) if name not in less.get("stays", ())]
-            parts += [f"{said} {', '.join(names)}"] if names else []
-        lines += [f"extractor of {which}: {part}" for part in parts]
+            names = [name for name in more["stays"] if name not in less["stays"]]
+            changed += [f"{said} {', '.join(names)}"] if names else []
+        lines += [f"extractor of {which}: {', '.join(changed)}"] if changed else []
     return lines
 
 
