@@ -576,6 +576,17 @@ def test_a_port_from_the_words_gives_all_of_it() -> None:
     assert counts["zoo"] > 350
 
 
+def test_the_port_names_drawn_calls(rng: random.Random) -> None:
+    """The vectors are not all that it was written for."""
+    pieces = ["a", "a_1", "a_2", "a_1_1", "b", "b_", "_1", "a_0"]
+    for _ in range(300):
+        paths = rng.sample(pieces, 4)
+        drawn = [rng.choice([{"module": path}, {"scope": "", "fx_name": path}]) for path in rng.choices(pieces, k=8)]
+        known = [call for call in drawn if call.get("module", paths[0]) in paths]
+        assert port.named(drawn) == slow.names(calls_of({"calls": drawn}))
+        assert port.named(known, paths) == slow.exact_names(paths, calls_of({"calls": known}))
+
+
 def test_a_port_says_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     changed = {
         "naming": ("layer1.0.add", "add"),
