@@ -209,7 +209,8 @@ def main() -> int:
         counts[file] = counts.get(file, 0) + 1
         if not holds:
             failures.append(f"{file}: {name} fails")
-    print(*failures, f"of {counts} there fail {len(failures)}", sep="\n")
+    said = [f"{file}: {count} looked at" for file, count in counts.items()]
+    print(*failures, *said, f"{len(failures)} fail", sep="\n")
     return 1 if failures else 0
 
 
