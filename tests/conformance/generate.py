@@ -344,8 +344,11 @@ def text(document: dict[str, Any]) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How a stored file differs from a new one; what made them does not count.
 
-    >>> old = {"train": [["x", "placeholder", "x", [1]], ["fc", "call_module", "fc", [1, 2]]], "eval": SAME}
-    >>> new = {"train": [["x", "placeholder", "x", [1]], ["fc", "call_module", "fc", [1, 3]]], "eval": SAME}
+    >>> x = ["x", "placeholder", "x", [1], [], [], []]
+    >>> old, new = (
+    ...     {"train": [x, ["fc", "call_module", "fc", [1, size], [0], [], []]], "eval": SAME, "extractors": []}
+    ...     for size in (2, 3)
+    ... )
     >>> differences(old, new)
     ['train and eval: changed fc: shape [1, 2] -> [1, 3]']
     """
