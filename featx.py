@@ -100,7 +100,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = [
     "DualGraphModule",
     "FeatureWarning",

@@ -98,10 +98,22 @@ def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any
 
 
 @contextlib.contextmanager
-def both_traced(model: nn.Module) -> Iterator[dict[str, Any]]:
+def both_traced(model: nn.Module, example: Any = None) -> Iterator[dict[str, Any]]:
     """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
     with featx._unchanged(model) as restore:
-        yield featx._trace_both(model, restore, featx._tracer_arguments(None, False, None), None, False)
+        yield featx._trace_both(model, restore, featx._tracer_arguments(None, False, example), None, False)
+
+
+@contextlib.contextmanager
+def traced_already(tracers: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """In the block one extractor is cut from copies of these tracers, which it gives, instead of tracing again."""
+    copies = {mode: tracer.in_other_mode() for mode, tracer in tracers.items()}
+    for mode, tracer in copies.items():
+        tracer.training = tracers[mode].training
+        vars(tracer).pop("places", None)  # of the nodes that were copied
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(featx, "_trace_both", lambda *arguments: copies)
+        yield copies
 
 
 def given_names(calls: Iterable[tuple[str, str | None]], paths: Iterable[str] = ()) -> list[str]:
@@ -118,8 +130,18 @@ def select(names: list[str]) -> dict[str, int]:
     return featx._select(names)
 
 
+def operations_of(tracer: Any) -> dict[fx.Node, Any]:
+    """What pruning knows of each node."""
+    return featx._operations(tracer)
+
+
 def effects(tracer: Any, node: fx.Node) -> Any:
     return featx._effects(tracer, node)
+
+
+def prefixes(name: str) -> list[str]:
+    """``"a.b.c"`` -> ``"a"``, ``"a.b"``, ``"a.b.c"``."""
+    return list(featx._prefixes(name))
 
 
 def suggestions(names: list[str], query: str) -> list[str]:

@@ -16,7 +16,7 @@ from tests.helpers import ROOT, parametrize
 from tests.versions import older, version
 
 RESTORE_BETWEEN, RESTORE_AT_THE_END = "finally:\n            settle()", "undo.callback(restore)"
-VERSION = '__version__ = "0.1.0"\n'
+VERSION = '__version__ = "1.0.0"\n'
 PLANNED = "stays, missed = _staying(operations, reads)"
 MEMORIES = "    memory = {node: _Memory(node) for node in operations}"
 IN_TRAIN_MODE = "    if self.training:\n        return self._featx_train"
@@ -668,6 +668,46 @@ for kind, test in {
     if kind != "_GRAD_MODE":  # which is recorded
         FAULTS[f"{kind} not refused"] = test, {refuses: f"if self.exact and kind is not {kind}:\n            raise"}
 
+# The same for the port in conformance/port.py: what is broken -> the file whose vectors notice first, the old text and
+# the new one.
+PORT_FAULTS: Dict[str, Tuple[str, str, str]] = {
+    "suffixes stay": ("naming", "split(place)[0]", "place"),
+    "suffixes of paths are removed": ("naming", "place if path in paths else split(place)[0]", "split(place)[0]"),
+    "suffixes of nothing": ("naming", "if head and is_number", "if is_number"),
+    "digits of all scripts": ("naming", 'digits != "" and set(digits) <= set("0123456789")', "digits.isdecimal()"),
+    "scopes that are empty keep their dot": ("naming", "filter(None, (", "map(str, ("),
+    "the lowest number": ("naming", "latest.get(stem, -1) + 1", "int(stem in latest)"),
+    "names given twice": ("naming", "while name in taken:", "while False:"),
+    "numbers are no forms": ("naming", "latest[head] = own", "pass"),
+    "first calls are forms": ("naming", "uncalled.remove(path)", "latest[path] = uncalled.remove(path) or 0"),
+    "paths are free": ("naming", "taken = set(paths)", "taken = set()"),
+    "a query matches what begins with it": ("selection", 'startswith(f"{query}.")', "startswith(query)"),
+    "the first node of a query": ("selection", "matching[-1]", "matching[0]"),
+    "the output in capitals": ("selection", '"output" if query ==', '"output" if query.lower() =='),
+    "the order of queries": ("selection", "sorted(pairs, key=lambda pair:", "sorted(pairs, key=lambda pair: 0 and"),
+    "two queries under one key": ("selection", "< len(keys)", "< 0"),
+    "candidates are whole names": ("selection", "range(1, len(parts) + 1)", "(len(parts),)"),
+    "a lower cutoff": ("selection", "cutoff=0.6", "cutoff=0.58"),
+    "the first read is the cut": ("pruning", "cut = max(", "cut = min("),
+    "asserts after the cut": (
+        "pruning",
+        'node["kind"] == "placeholder" or',
+        'node["kind"] in ("placeholder", "assert") or',
+    ),
+    "state is not read": ("pruning", 'if node["kind"] == "state"}', "if not node}"),
+    "one write of several": (
+        "pruning",
+        'in live for written in node["writes"])',
+        'in live for written in node["writes"][:1])',
+    ),
+    "inputs are not read": ("pruning", 'read(node["inputs"])', 'needed.update(node["inputs"])'),
+    "members stay behind": ("pruning", "self.of[member] = large", "self.of[position] = large"),
+    "writes before the read": ("pruning", "read[1] < position", "read[1] <= position"),
+    "the last that overwrites": ("pruning", "found.setdefault(read, position)", "found[read] = position"),
+    "asserts of the zoo not known": ("zoo", '"torch._assert"', '"_assert"'),
+    "one mode of the zoo": ("zoo", 'if document[mode] == "same as train"', "if mode"),
+}
+
 # A fault shows as an assertion, a missing error or warning, an idle one, or an error that featx documents. Any
 # other error would be the mutation's own, such as a name that is not defined.
 SIGNS = {"AssertionError", "Failed", "UserWarning", "FeatureWarning", "NodeNameError", "UntraceableError", "ValueError"}
@@ -754,3 +794,15 @@ def test_nothing_is_noticed_where_nothing_is_broken(runner: subprocess.Popen[str
     source = (ROOT / "featx.py").read_text(encoding="utf-8")
     code, failures, output = run(runner, tmp_path, "whole_featx", source, tests)
     assert (code, failures) == (0, []), output
+
+
+@parametrize("fault", PORT_FAULTS)
+def test_a_fault_of_a_port_is_noticed(fault: str) -> None:
+    file, old, new = PORT_FAULTS[fault]
+    path = ROOT / "tests" / "conformance" / "port.py"
+    source = path.read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"port.py changed, and so must this table: {source.count(old)} times {old!r}"
+    broken: Dict[str, Any] = {"__name__": "broken_port", "__file__": str(path)}
+    exec(compile(source.replace(old, new), "port.py", "exec"), broken)
+    failed = (where for where, _, holds in broken["checks"]() if not holds)
+    assert next(failed, None) == file

@@ -88,6 +88,8 @@ def operation(place: int, node: Mapping[str, Any], taken: Values) -> Any:
         return first.type_as(taken[1])
     if views == inputs[:1]:
         return first.view_as(taken[1]) if len(taken) == 2 else first.view(1)
+    if writes == inputs and not views:
+        return torch._foreach_add_(taken, number)  # of which nobody takes the value
     if writes or views or len(taken) > 2:
         raise NotImplementedError(f"no single operation of torch is like node {place}")
     return torch.add(first, taken[1], alpha=number) if len(taken) == 2 else torch.add(first, number)
