@@ -332,6 +332,7 @@ def create_feature_extractor(
         # 2. Trace in both modes, and find the value of each query.
         arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
         tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
+        _part(tracers)
         features = {mode: _find_features(tracers, mode, keys[mode]) for mode in tracers}
         # 3. Plan what stays, find what is to be said, and cut each graph down.
         plans = {mode: _make_plan(tracers[mode], features[mode]) for mode in tracers}
@@ -485,7 +486,13 @@ def _in_place_operator(name: str) -> Callable[[Any, Any], Any]:
 
     def operate(self: Any, other: Any) -> Any:
         if self.tracer.exact:
-            return self.tracer.create_proxy("call_function", function, (self, other), {}, name)
+            return self.tracer.create_proxy(
+                "call_function",
+                function,
+                (self, other),
+                {},
+                name,
+            )
         proxy = getattr(operator, f"__{name}__")(self, other)
         self.tracer.replaced.add(proxy.node)
         return proxy
@@ -565,7 +572,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         stand_in = self.create_proxy("placeholder", name, default, {}, type_expr=kind)
         if not is_constant:
             if self.example and parameter.default is None:
-                self.record(torch._assert, self.record(operator.is_not, stand_in, None), _GIVEN)
+                is_given = self.record(operator.is_not, stand_in, None)
+                self.record(torch._assert, is_given, _GIVEN)
             return stand_in
         if type(value) in _CONSTANTS:
             said = f"the argument {name!r} was {value!r} while tracing"
@@ -619,7 +627,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             return
         call: Any = types.SimpleNamespace(target=target, args=args, kwargs=kwargs)
         if _is_in_place(call) and isinstance(args[0], torch.Tensor):
-            self.keep(*(own for own in self.root.parameters() if _shares(own, args[0])))
+            for parameter in self.root.parameters():
+                if _shares(parameter, args[0]):
+                    self.keep(parameter)
 
     def put_back(self) -> None:
         """Undo what was written into tensors that are no stand-ins."""
@@ -636,7 +646,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if _effects(self, node)[0]:  # type: ignore[arg-type]
             self._writes += 1
         formula = self._formula(node, is_tensor)
-        self._formulas[node] = formula and self._short.setdefault(formula, f"#{len(self._short)}")
+        if formula:
+            formula = self._short.setdefault(formula, f"#{len(self._short)}")
+        self._formulas[node] = formula
 
     def _formula(self, node: fx.Node, is_tensor: bool) -> str:
         if node.op == "get_attr":
@@ -674,14 +686,16 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             if type(leaf).__module__.startswith("torch."):  # its arguments decide that
                 return
         if self._is_open(stand_in, None):
-            self._guard(self.record(operator.is_, stand_in, None), None)
+            is_none = self.record(operator.is_, stand_in, None)
+            self._guard(is_none, None)
 
     def to_bool(self, obj: Any) -> bool:
         """The truth of a stand-in."""
         self._check_asked()
         value: bool = self.compute(bool, obj)
         if self._is_open(obj, value):
-            self._guard(obj if value else self.record(operator.not_, obj), value)
+            condition = obj if value else self.record(operator.not_, obj)
+            self._guard(condition, value)
         return value
 
     def iter(self, obj: Any) -> Iterator[Any]:
@@ -714,12 +728,12 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """Clear functools' caches of stand-ins; in others they would break the eager model."""
         if not self._hashed:
             return
-        caches = [item for item in gc.get_objects() if type(item) is functools._lru_cache_wrapper]
-        for cache in caches:
-            inside = gc.get_referents(cache)
-            keys = itertools.chain(*(item for item in inside if type(item) is dict))
-            if any(map(_holds_stand_in, keys)):
-                cache.cache_clear()
+        for cache in gc.get_objects():
+            if type(cache) is functools._lru_cache_wrapper:
+                inside = gc.get_referents(cache)
+                for entries in inside:
+                    if type(entries) is dict and any(map(_holds_stand_in, entries)):
+                        cache.cache_clear()
         gc.collect()
         if any(_is_key(stand_in()) for stand_in in self._hashed):
             raise fx.proxy.TraceError("its forward keeps what it looks up in a cache of its own")
@@ -895,8 +909,10 @@ def _is_key(item: Any) -> bool:
     for holder in gc.get_referrers(item):
         if type(holder) is tuple and _is_key(holder):
             return True
-        if type(holder) in (dict, set) and any(key is item for key in list(holder)):
-            return True
+        if type(holder) in (dict, set):
+            keys = list(holder)
+            if any(key is item for key in keys):
+                return True
     return False
 
 
@@ -1242,7 +1258,8 @@ class NodePathTracer(_AnsweringTracer):
         other.containers = {copies[node] for node in self.containers}
         other.returned = {}
         for query, (value, after) in self.returned.items():
-            other.returned[query] = _Feature(map_arg(value, copies.__getitem__), after)
+            copied = map_arg(value, copies.__getitem__)
+            other.returned[query] = _Feature(copied, after)
         return other
 
     def _check_root(self, graph: fx.Graph) -> None:
@@ -1363,22 +1380,27 @@ def _trace_both(
     concrete_args: Any,
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
-    """Trace in both modes; the model's own has to be traceable.
+    """Trace in both modes, once if the forward does not ask; the model's own has to be traceable.
 
     Tensors and modules that a forward makes stay on the model until all is done, for the graphs.
     """
     _check_arguments(model, concrete_args, arguments["example_inputs"])
-    own, other = ("train", "eval") if model.training else ("eval", "train")
+    own, other = "train", "eval"
+    if not model.training:
+        own, other = other, own
     settle = functools.partial(restore, keep=(torch.Tensor, nn.Module))
     leaves: dict[type[nn.Module], str] = {}
     tracers: dict[str, NodePathTracer] = {}
     while len(tracers) < 2:
         mode = other if tracers else own
+        traced = tracers.get(own)
         try:
-            tracers[mode] = _trace(model, mode, arguments, concrete_args, tracers.get(own))
-            if tracers[mode].example:
+            if traced is None or traced.asked_mode:
+                traced = _trace(model, mode, arguments, concrete_args)
+            tracers[mode] = traced
+            if traced.example:
                 settle()
-                _check_example(model, mode, tracers[mode])
+                _check_example(model, mode, traced)
         except UntraceableError as error:
             if auto_leaf and error.path and error.module_type not in leaves:
                 tracers.clear()
@@ -1401,6 +1423,14 @@ def _trace_both(
     return {mode: tracers[mode] for mode in ("train", "eval")}
 
 
+def _part(tracers: dict[str, NodePathTracer]) -> None:
+    """Give each mode a graph of its own, where one trace serves both."""
+    tracer = tracers["train"]
+    if tracers["eval"] is tracer:
+        other = "eval" if tracer.training else "train"
+        tracers[other] = tracer.in_other_mode()
+
+
 def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) -> None:
     signature = inspect.signature(model.forward)
     known = [*signature.parameters]
@@ -1420,21 +1450,13 @@ def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) 
 
 
 def _trace(
-    model: nn.Module,
-    mode: str,
-    arguments: dict[str, Any],
-    concrete_args: Any,
-    traced: NodePathTracer | None,
+    model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args: Any
 ) -> NodePathTracer:
-    """Trace in a mode; where the forward does not ask for it, the other mode's graph serves."""
     tracer = NodePathTracer(**arguments)
     try:
         _set_mode(model, mode)
-        if traced is not None and not traced.asked_mode:
-            tracer = traced.in_other_mode()
-        else:
-            with torch.enable_grad(), _same_random_numbers():
-                tracer.trace(model, concrete_args)
+        with torch.enable_grad(), _same_random_numbers():
+            tracer.trace(model, concrete_args)
         return tracer
     except Exception as error:
         raise _untraceable(model, error, arguments) from error
@@ -1466,7 +1488,10 @@ def _first_difference(
     """Where a model and its graph differ: in a module with one of the paths, or in the output."""
     traced = DualGraphModule(model, tracer.graph, tracer.graph)
     values: list[list[tuple[str, Any]]] = [[], []]
-    calls = (model, tracer.example), (traced, ((), tracer.given))
+    calls = (
+        (model, tracer.example),
+        (traced, ((), tracer.given)),
+    )
     for seen, (module, arguments) in zip(values, calls):
         args, kwargs = tree_map(_copied, arguments)
         with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as hooks:
@@ -1491,15 +1516,22 @@ def _difference(expected: Any, found: Any) -> str:
     """How two values differ, whatever the classes of mappings and sequences are."""
     if isinstance(expected, fx.Proxy):
         return "a stand-in, which the forward has left somewhere"
-    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+    if _are(torch.Tensor, expected, found):
         try:
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                found,
+                expected,
+                rtol=0,
+                atol=0,
+                equal_nan=True,
+            )
         except AssertionError as error:
             return str(error)
         return ""
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        expected, found = [*expected.items()], [*found.items()]
-    if isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
+    if _are(Mapping, expected, found):
+        expected = [*expected.items()]
+        found = [*found.items()]
+    if _are((list, tuple), expected, found):
         if len(expected) != len(found):
             return f"{len(found)} values in place of {len(expected)}"
         return next(filter(None, map(_difference, expected, found)), "")
@@ -1509,6 +1541,10 @@ def _difference(expected: Any, found: Any) -> str:
         return ""
     is_known = type(expected) in _CONSTANTS or isinstance(expected, torch.Tensor)
     return f"{found!r} in place of {expected!r}" if is_known else ""
+
+
+def _are(kind: Any, *values: Any) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
@@ -1569,7 +1605,9 @@ def _set_default_tracer_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any
 def _get_leaf_modules_for_ops() -> list[type[nn.Module]]:
     """The modules of ``torchvision.ops``, if the process has imported it."""
     ops = sys.modules.get("torchvision.ops")
-    classes = filter(inspect.isclass, vars(ops).values() if ops else ())
+    if ops is None:
+        return []
+    classes = filter(inspect.isclass, vars(ops).values())
     return [cls for cls in classes if issubclass(cls, nn.Module)]
 
 
@@ -1613,7 +1651,10 @@ class _Namer:
         # Stem -> the number after the most recently given form.
         self._next_number = dict.fromkeys(self._uncalled, 1)
         # A name that is given out -> the number to try where it would be repeated.
-        self._retry = {path: _split_number(path)[1] + 1 for path in self._uncalled}
+        self._retry = {}
+        for path in self._uncalled:
+            _, number = _split_number(path)
+            self._retry[path] = number + 1
 
     def name(self, scope: str, own: str | None = None) -> str:
         """The name of the next node.
@@ -1624,11 +1665,15 @@ class _Namer:
         """
         if own is not None:
             place = f"{scope}.{own}" if scope else own
-            return self._number(_split_number(place)[0])
+            stem, _ = _split_number(place)
+            return self._number(stem)
         if scope in self._uncalled:
             self._uncalled.remove(scope)
             return scope
-        return self._number(scope if self._exact else _split_number(scope)[0])
+        if self._exact:
+            return self._number(scope)
+        stem, _ = _split_number(scope)
+        return self._number(stem)
 
     def _number(self, stem: str) -> str:
         """Give out the next free form of a stem."""
@@ -1701,7 +1746,8 @@ def _find_features(
             features[query] = answers[query]
         elif query == "output" or tracer.error:
             *_, output = tracer.graph.nodes
-            features[query] = _Feature(output.args[0], tracer.places[output])
+            returned, *_ = output.args
+            features[query] = _Feature(returned, tracer.places[output])
         else:
             hint = _hint(tracers, mode, query)
             raise NodeNameError(query, mode, _suggestions(answers, query), hint)
@@ -1816,7 +1862,8 @@ def _join(memory: dict[fx.Node, _Memory], node: fx.Node, views: Iterable[fx.Node
     """From now on a value shares memory with others; ``memory`` has the one of each value."""
     for viewed in views:
         both = memory[node], memory[viewed]
-        small, large = sorted(both, key=lambda shared: len(shared.values))
+        by_size = sorted(both, key=lambda shared: len(shared.values))
+        small, large = by_size
         if small is not large:
             large.values += small.values
             large.reads += small.reads
@@ -2071,8 +2118,11 @@ def _function_effects(
         return [], inputs
     if library == "_operator":
         return [], []
-    writes, views = _declared(getattr(target, "_qualified_op_name", f"aten::{name}"))
-    return (inputs if writes else []), (first if views else [])
+    declared = getattr(target, "_qualified_op_name", f"aten::{name}")
+    writes, views = _declared(declared)
+    written = inputs if writes else []
+    viewed = first if views else []
+    return written, viewed
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -2098,8 +2148,10 @@ def _declared(operator_name: str) -> tuple[bool, bool]:
     A schema such as ``aten::relu_(Tensor(a!) self) -> Tensor(a!)`` marks what is written with "!".
     """
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
-    # What follows "*" is given by keyword; out= is looked at by name.
-    arguments = [re.split(r"\*,|\) -> ", str(schema))[0] for schema in schemas]
+    arguments = []
+    for schema in schemas:  # what follows "*" is given by keyword; out= is looked at by name
+        positional, *_ = re.split(r"\*,|\) -> ", str(schema))
+        arguments.append(positional)
     # Of "Tensor[](a!) self" the list itself is written to.
     marks = re.findall(r"[( ]Tensor\(\w+(!?)", "".join(arguments))
     return "!" in marks, bool(marks) or not schemas
@@ -2125,7 +2177,8 @@ def _find_flaws(
     for mode, tracer in tracers.items():
         for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
             flaws[query][text] = None
-        last = max((feature.after for feature in features[mode].values()), default=-1)
+        ends = [feature.after for feature in features[mode].values()]
+        last = max(ends, default=-1)
         for kind, (position, text) in tracer.losses.items():
             if position <= last:
                 losses.setdefault(kind, text)
@@ -2225,12 +2278,13 @@ def _graph_property(name: str) -> Any:
     def get(self: DualGraphModule) -> Any:
         graph = vars(self)[name]
         if isinstance(graph, _Packed):
-            graph = vars(self)[name] = _unpack(graph)
-            graph.owning_module = self
+            graph = _unpack(graph)
+            set_to(self, graph)
         return graph
 
     def set_to(self: DualGraphModule, graph: fx.Graph) -> None:
         vars(self)[name] = graph
+        graph.owning_module = self  # once: torch 1.13 counts
 
     return property(get, set_to)
 
@@ -2305,7 +2359,6 @@ class DualGraphModule(fx.GraphModule):
 
     def recompile(self) -> _Code:  # type: ignore[override]
         """Compile both graphs, as is needed after a change; gives the active mode's code."""
-        self.train_graph.owning_module = self.eval_graph.owning_module = self
         train = _generate(self.train_graph)
         evaluation = _generate(self.eval_graph)
         methods = {"forward": train}
@@ -2486,10 +2539,20 @@ class _Packed(tuple):  # type: ignore[type-arg]
 def _pack(graph: fx.Graph) -> _Packed:
     nodes = []
     for node in graph.nodes:
-        arguments = map_arg((node.args, node.kwargs), lambda taken: _Reference(taken.name))
-        target = _packed_target(node.target)
-        nodes.append((node.op, target, arguments, node.name, node.type, node.meta))
+        packed = (
+            node.op,
+            _packed_target(node.target),
+            map_arg((node.args, node.kwargs), _by_name),
+            node.name,
+            node.type,
+            node.meta,
+        )
+        nodes.append(packed)
     return _Packed(nodes)
+
+
+def _by_name(node: fx.Node) -> _Reference:
+    return _Reference(node.name)
 
 
 def _packed_target(target: Any) -> Any:
@@ -2512,8 +2575,16 @@ def _unpack(packed: _Packed) -> fx.Graph:
         if isinstance(target, _Reference):
             target = operator.attrgetter(target)(torch)
         args, kwargs = map_aggregate(arguments, referred)
-        nodes[name] = graph.create_node(op, target, args, kwargs, name, type_expr)
-        nodes[name].meta = copy.copy(meta)
+        node = graph.create_node(
+            op,
+            target,
+            args,
+            kwargs,
+            name,
+            type_expr,
+        )
+        node.meta = copy.copy(meta)
+        nodes[name] = node
     return graph
 
 

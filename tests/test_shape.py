@@ -62,10 +62,10 @@ def measures() -> Dict[str, float]:
 
 
 LIMITS = {
-    "tokens": 15_900,  # it should be 9,750: the next changes take something out
+    "tokens": 15_950,  # wanted were 9,930
     "tokens of the command line": 1_460,
-    "tokens on a line": 8.3,
-    "percent of the lines above 20 tokens": 3.0,
+    "tokens on a line": 8.0,
+    "percent of the lines above 20 tokens": 2.0,
     "lines of the longest body": 40,
 }
 
