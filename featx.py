@@ -332,7 +332,7 @@ def create_feature_extractor(
         # 2. Trace in both modes, and find the value of each query.
         arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
         tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
-        _part(tracers)
+        _separate(tracers)
         features = {mode: _find_features(tracers, mode, keys[mode]) for mode in tracers}
         # 3. Plan what stays, find what is to be said, and cut each graph down.
         plans = {mode: _make_plan(tracers[mode], features[mode]) for mode in tracers}
@@ -909,10 +909,8 @@ def _is_key(item: Any) -> bool:
     for holder in gc.get_referrers(item):
         if type(holder) is tuple and _is_key(holder):
             return True
-        if type(holder) in (dict, set):
-            keys = list(holder)
-            if any(key is item for key in keys):
-                return True
+        if type(holder) in (dict, set) and any(key is item for key in list(holder)):
+            return True
     return False
 
 
@@ -1423,7 +1421,7 @@ def _trace_both(
     return {mode: tracers[mode] for mode in ("train", "eval")}
 
 
-def _part(tracers: dict[str, NodePathTracer]) -> None:
+def _separate(tracers: dict[str, NodePathTracer]) -> None:
     """Give each mode a graph of its own, where one trace serves both."""
     tracer = tracers["train"]
     if tracers["eval"] is tracer:

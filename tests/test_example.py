@@ -237,7 +237,7 @@ def test_nothing_stays_in_a_cache(key: Any) -> None:
     cache: dict[Any, int] = {}
     model = net(lambda self, x: x * cache.setdefault(key(x), 2))
     with pytest.raises(featx.UntraceableError, match="a cache of its own"):
-        extract(model, "output", example_inputs=(X,))
+        node_names(model, example_inputs=(X,))
 
 
 def test_what_was_looked_up_may_stay_in_a_list() -> None:
