@@ -93,7 +93,7 @@ def compare_creation(name: str, queries: List[str], turns: Turns, against: Any) 
     if against is not None:
         competitors[against.__name__] = lambda: against.create_feature_extractor(model, queries)
     ours, theirs = (competitors[library]() for library in ("featx", "torchvision"))
-    assert set(ours.state_dict()) == set(theirs.state_dict())
+    assert set(dict(ours.named_parameters())) == set(dict(theirs.named_parameters()))
     turns.take(competitors, to="two traces and codes", budget=3, least=5, collect=True)
 
 
