@@ -1999,9 +1999,11 @@ def _clone(value: torch.Tensor) -> torch.Tensor:  # TorchScript takes what has n
 
 
 def _clone_nested(value: Any) -> Any:
-    # A proxy stands for a tensor where an extractor is traced again.
+    # A proxy stands for a tensor where an extractor is traced again. torch.compile of torch 2.5
+    # does not know which attributes a tensor has.
     def clone(item: Any) -> Any:
-        return item.clone() if hasattr(item, "clone") else item
+        can_be_cloned = isinstance(item, (torch.Tensor, fx.Proxy))
+        return item.clone() if can_be_cloned else item
 
     return tree_map(clone, value)
 
