@@ -36,8 +36,8 @@ How the parts call each other::
       _trace_both         for each mode a NodePathTracer: the graph, names, losses
       _find_features      query -> the value that is meant, and where in the graph it is read
       _make_plan          what stays, and which reads are overwritten
+      _cut                copies what stays into a graph of its own
       _find_flaws         what the caller is told
-      _cut                edits the graph
       DualGraphModule     one module of the two graphs
 
 What featx replaces of torch.fx: ``Tracer`` gives names to nodes, and notes what it would lose
@@ -70,7 +70,6 @@ import sys
 import textwrap
 import threading
 import traceback
-import types
 import warnings
 import weakref
 from typing import (
@@ -189,8 +188,7 @@ class UntraceableError(fx.proxy.TraceError):
             )
         elif self.path:
             lines.append(
-                f"- a change of {name}: its __call__ is its own, so leaf_modules and auto_leaf do"
-                " nothing for it"
+                f"- a change of {name}: its __call__ is its own, so leaf_modules and auto_leaf do nothing for it"
             )
         lines.append(_REMEDIES)
         if self.traceable:
@@ -329,21 +327,25 @@ def create_feature_extractor(
     # 1. What is asked for: for each mode query -> key.
     keys = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model) as restore:
-        # 2. Trace in both modes, and find the value of each query.
+        # 2. Trace in both modes.
         arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
         tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
-        _separate(tracers)
-        features = {mode: _find_features(tracers, mode, keys[mode]) for mode in tracers}
-        # 3. Plan what stays, find what is to be said, and cut each graph down.
-        plans = {mode: _make_plan(tracers[mode], features[mode]) for mode in tracers}
+        # 3. For each mode plan what stays, and copy that into a graph of its own; once if one trace
+        #    serves both, and both return the same.
+        is_one = tracers["train"] is tracers["eval"] and keys["train"] == keys["eval"]
+        features, plans, graphs = {}, {}, []
+        for mode in ["train"] if is_one else ["train", "eval"]:
+            tracer = tracers[mode]
+            features[mode] = _find_features(tracers, mode, keys[mode])
+            plans[mode] = _make_plan(tracer, features[mode], mode == "train")
+            graph = _cut(tracer, features[mode], keys[mode], plans[mode])
+            graphs.append(graph)
         flaws = _find_flaws(tracers, features, plans)
-        for mode in tracers:
-            _cut(tracers[mode], features[mode], keys[mode], plans[mode])
-        # 4. Make one module of the two graphs.
-        graphs = tracers["train"].graph, tracers["eval"].graph
-        extractor = DualGraphModule(model, *graphs, type(model).__name__)
+        # 4. Make one module of them.
+        class_name = type(model).__name__
+        extractor = DualGraphModule(model, graphs[0], graphs[-1], class_name)
     # 5. Say where the modes differ, and which features are not what they seem.
-    if not suppress_diff_warning and not (exact and _run_alike(tracers)):
+    if not suppress_diff_warning and not (exact and _run_alike(tracers, plans)):
         _warn_graph_differences(tracers["train"], tracers["eval"])
     _warn_flaws(flaws)
     return extractor
@@ -597,13 +599,11 @@ class _AnsweringTracer(LeafModuleAwareTracer):
                     return tree_map(_copied, self.given[target])
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
-                self.keep(*args[:1])
                 args, kwargs = tree_map(_example_of, (args, kwargs))
-                if kind == "call_module":
-                    target = self.root.get_submodule(target)
-                self._keep_parameters(target, args, kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
+                if kind == "call_module":
+                    target = self.root.get_submodule(target)
                 return target(*args, **kwargs)
         except (TypeError, AttributeError):  # from any input
             raise
@@ -614,22 +614,10 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             self._thread = thread
 
     def keep(self, *tensors: Any) -> None:
-        """Note what tensors are, which no stand-ins are, before something is written into them."""
+        """Note what tensors are before something is written into them."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and id(tensor) not in self._kept:
                 self._kept[id(tensor)] = tensor, tensor.detach().clone()
-
-    def _keep_parameters(self, target: Any, args: Any, kwargs: Any) -> None:
-        """Note what parameters are that a call writes into."""
-        if isinstance(target, nn.Module):
-            if getattr(target, "max_norm", None) is not None:  # an embedding's
-                self.keep(*target.parameters())
-            return
-        call: Any = types.SimpleNamespace(target=target, args=args, kwargs=kwargs)
-        if _is_in_place(call) and isinstance(args[0], torch.Tensor):
-            for parameter in self.root.parameters():
-                if _shares(parameter, args[0]):
-                    self.keep(parameter)
 
     def put_back(self) -> None:
         """Undo what was written into tensors that are no stand-ins."""
@@ -835,8 +823,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 _DECIDING = (type(None), bool, str)
 # For C takes no stand-ins: these are recorded as calls where one is among their arguments.
 _FACTORIES = (
-    "arange as_tensor empty eye finfo full iinfo is_autocast_enabled linspace ones rand randn"
-    " tensor zeros"
+    "arange as_tensor empty eye finfo full iinfo is_autocast_enabled linspace ones rand randn tensor zeros"
 ).split()
 # Functions of torch of which an argument has to be true.
 _CHECKS = frozenset(
@@ -853,12 +840,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "Tensor"
     return _class_path(type(value))
-
-
-def _shares(parameter: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a value lies in the memory of a parameter."""
-    offset = value.data_ptr() - parameter.data_ptr()
-    return 0 <= offset < parameter.numel() * parameter.element_size()
 
 
 def _copied(item: Any) -> Any:
@@ -956,7 +937,6 @@ class NodePathTracer(_AnsweringTracer):
         example: the example, as positional and keyword arguments.
         given: the arguments that the example gives, by name.
         error: why the mode could not be traced.
-        training: whether the model was in train mode.
         asked_mode: whether the forward asked for the mode of a module, or might have.
         returned: what modules returned, if a graph can hold it. The first call of a module is
             under its path; with exact=True the second is under the name ``path_1``.
@@ -967,7 +947,8 @@ class NodePathTracer(_AnsweringTracer):
             buffers, views of them, and constants that a node writes into.
         views, written: the ids of the views, and of what nodes write into, among them.
         taken: by id the tensors that nodes take as constants.
-        computed: by id references to the tensors that were computed for the example.
+        computed: by id references to the tensors that were computed for the example, without views
+            of what was not.
         auto_leaves: the classes of which auto_leaf=True made leaves -> the reason.
 
     >>> tracer = NodePathTracer()
@@ -981,7 +962,6 @@ class NodePathTracer(_AnsweringTracer):
         self.node_to_qualname: dict[fx.Node, str] = {}
         self.current_module_qualname = ""
         self.error: UntraceableError | None = None
-        self.training = True
         self.asked_mode = False
         self.returned: dict[str, _Feature] = {}
         self.losses: dict[str, tuple[int, str]] = {}
@@ -1009,11 +989,12 @@ class NodePathTracer(_AnsweringTracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; see ``torch.fx.Tracer.trace``."""
         self.root = root if isinstance(root, nn.Module) else nn.Module()
-        self.training = self.root.training
         self._thread = threading.get_ident()
         self._outer_autocast = _autocast_depth()
         self._outer_grad = torch.is_grad_enabled()
         self._enabling: list[bool] = []
+        parameters = self.root.named_parameters()
+        self._parameter_paths = {id(parameter): path for path, parameter in parameters}
         self.watched = {id(buffer): buffer for buffer in self.root.buffers()}
         self.views: set[int] = set()
         self.written: set[int] = set()
@@ -1090,7 +1071,12 @@ class NodePathTracer(_AnsweringTracer):
         """Record the use of a parameter, and if exact of a buffer."""
         if self._is_aside():
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        path = self._parameter_paths.get(id(attr_val))
+        if path is None or self.param_shapes_constant:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if path not in parameter_proxy_cache:  # torch.fx searches the model for each parameter
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
 
     def create_proxy(self, *args: Any, proxy_factory_fn: Any = None, **kwargs: Any) -> Any:
         """Record an operation, and name its node.
@@ -1182,8 +1168,7 @@ class NodePathTracer(_AnsweringTracer):
             return a.item()
         if isinstance(a, torch.Tensor):
             self.taken[id(a)] = a
-            computed = self.computed.get(id(a), lambda: None)
-            if a.grad_fn is not None or computed() is a:
+            if a.grad_fn is not None or self.is_of_example(a):
                 self.lose(_EARLIER)
         try:
             return super().create_arg(a)
@@ -1205,6 +1190,11 @@ class NodePathTracer(_AnsweringTracer):
         if position is None:
             position = len(self.graph.nodes)
         self.losses[kind] = position, f"{where} {kind}; {remedy}{_source_line(_frames_inside())}"
+
+    def is_of_example(self, tensor: Any) -> bool:
+        """Whether a tensor was computed for the example, in memory of its own."""
+        computed = self.computed.get(id(tensor), lambda: None)
+        return computed() is tensor
 
     def _check_buffers(self, module: nn.Module, before: Mapping[str, Any]) -> None:
         """See whether the forward of a module assigned to one of its buffers."""
@@ -1241,24 +1231,6 @@ class NodePathTracer(_AnsweringTracer):
             del nn.Module.training
             if outer is not None:
                 nn.Module.training = outer
-
-    def in_other_mode(self) -> NodePathTracer:
-        """The tracer of the other mode, where the forward does not ask for it: a copy."""
-        other = copy.copy(self)
-        other.training = not self.training
-        other.graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        other.graph.output(other.graph.graph_copy(self.graph, copies))
-        other.node_to_qualname = {
-            copies[node]: name for node, name in self.node_to_qualname.items()
-        }
-        other.replaced = {copies[node] for node in self.replaced}
-        other.containers = {copies[node] for node in self.containers}
-        other.returned = {}
-        for query, (value, after) in self.returned.items():
-            copied = map_arg(value, copies.__getitem__)
-            other.returned[query] = _Feature(copied, after)
-        return other
 
     def _check_root(self, graph: fx.Graph) -> None:
         """See what of the model's own forward and of what surrounds it is left out."""
@@ -1323,22 +1295,28 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # True, the default, imports torch._dynamo
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        value = func(*args, **(kwargs or {}))
         tracer = self.tracer
         arguments, _ = tree_flatten((args, kwargs))
-        if tracer._is_aside():  # it is computed for the example
-            given = set(map(id, arguments))
-            for tensor in tree_flatten(value)[0]:
-                if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
-                    tracer.computed[id(tensor)] = weakref.ref(tensor)
+        first = next(iter(arguments), None)  # into which it writes, if it does
+        is_aside = tracer._is_aside()  # it is computed for the example
+        is_of_example = is_aside and tracer.is_of_example(first)
+        is_kept = id(first) in tracer.watched or (is_aside and not is_of_example)
+        if func._schema.is_mutable and is_kept:
+            tracer.keep(first)
+        value = func(*args, **(kwargs or {}))
+        if is_aside:
+            is_made = not any(returned.alias_info for returned in func._schema.returns)
+            if is_made or is_of_example:
+                for tensor in tree_flatten(value)[0]:
+                    if isinstance(tensor, torch.Tensor):
+                        tracer.computed[id(tensor)] = weakref.ref(tensor)
             return value
         if torch.Tag.nondeterministic_seeded in func.tags:
             tracer.lose(_RANDOM)
         found = [item for item in arguments if id(item) in tracer.watched]
         is_written = any(id(item) in tracer.written for item in found)
         if func._schema.is_mutable:
-            target = id(arguments[0])
-            if target in tracer.watched or target in tracer.taken:
+            if id(first) in tracer.watched or id(first) in tracer.taken:
                 tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
                 return value
         elif found and not is_written and func._schema.returns[0].alias_info:
@@ -1378,15 +1356,11 @@ def _trace_both(
     concrete_args: Any,
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
-    """Trace in both modes, once if the forward does not ask; the model's own has to be traceable.
-
-    Tensors and modules that a forward makes stay on the model until all is done, for the graphs.
-    """
+    """Trace in both modes, once if the forward does not ask; the model's own has to be traceable."""
     _check_arguments(model, concrete_args, arguments["example_inputs"])
     own, other = "train", "eval"
     if not model.training:
         own, other = other, own
-    settle = functools.partial(restore, keep=(torch.Tensor, nn.Module))
     leaves: dict[type[nn.Module], str] = {}
     tracers: dict[str, NodePathTracer] = {}
     while len(tracers) < 2:
@@ -1394,10 +1368,9 @@ def _trace_both(
         traced = tracers.get(own)
         try:
             if traced is None or traced.asked_mode:
-                traced = _trace(model, mode, arguments, concrete_args)
+                traced = _trace(model, mode, restore, arguments, concrete_args)
             tracers[mode] = traced
             if traced.example:
-                settle()
                 _check_example(model, mode, traced)
         except UntraceableError as error:
             if auto_leaf and error.path and error.module_type not in leaves:
@@ -1408,8 +1381,6 @@ def _trace_both(
                 raise
             else:
                 tracers[mode] = _refusing(error, tracers[own])
-        finally:
-            settle()
     if leaves:
         listed = ", ".join(map(_class_path, leaves))
         kwargs = f"tracer_kwargs={{'leaf_modules': [{listed}]}}"
@@ -1419,14 +1390,6 @@ def _trace_both(
         if tracer.error:
             _warn(f"in {mode} mode an extractor will raise an error: {tracer.error}")
     return {mode: tracers[mode] for mode in ("train", "eval")}
-
-
-def _separate(tracers: dict[str, NodePathTracer]) -> None:
-    """Give each mode a graph of its own, where one trace serves both."""
-    tracer = tracers["train"]
-    if tracers["eval"] is tracer:
-        other = "eval" if tracer.training else "train"
-        tracers[other] = tracer.in_other_mode()
 
 
 def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) -> None:
@@ -1448,7 +1411,11 @@ def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) 
 
 
 def _trace(
-    model: nn.Module, mode: str, arguments: dict[str, Any], concrete_args: Any
+    model: nn.Module,
+    mode: str,
+    restore: Callable[..., None],
+    arguments: dict[str, Any],
+    concrete_args: Any,
 ) -> NodePathTracer:
     tracer = NodePathTracer(**arguments)
     try:
@@ -1458,6 +1425,8 @@ def _trace(
         return tracer
     except Exception as error:
         raise _untraceable(model, error, arguments) from error
+    finally:  # tensors and modules that a forward makes stay until all is done, for the graphs
+        restore(keep=(torch.Tensor, nn.Module))
 
 
 def _set_mode(model: nn.Module, mode: str) -> None:
@@ -1835,8 +1804,8 @@ class _Plan(NamedTuple):
     alone: dict[fx.Node, bool]  # whether it is read once, and shares memory with no other there
 
 
-def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature]) -> _Plan:
-    operations = _operations(tracer)
+def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature], training: bool) -> _Plan:
+    operations = _operations(tracer, training)
     reads = collections.defaultdict(set)
     for value, after in features.values():
         reads[after].update(_nodes_in(value))
@@ -1943,54 +1912,45 @@ def _overwritten(
 
 def _cut(
     tracer: NodePathTracer, features: dict[str, _Feature], keys: Mapping[str, str], plan: _Plan
-) -> None:
-    """Cut a graph down to its plan, and make the features its output.
+) -> fx.Graph:
+    """A graph of what stays, copied from the traced one, that returns the features.
 
     Constants that are written into are made anew at each call. If the tracer is exact, what is
     overwritten later is cloned before.
     """
-    graph = tracer.graph
-    nodes = list(graph.nodes)
-    clones: dict[tuple[fx.Node, int], fx.Node] = {}
-    renewed = set()
-    # The functions that loops make are called at once.
+    cloned = collections.defaultdict(list)  # by the position after which it is read
     for node, after in plan.overwritten:
-        if _is_constant(node):
-            renewed.add(node.target)
-        elif tracer.exact:
-            clone = _clone_after(node, nodes[after])
-            if plan.alone[node]:  # so gradients of what comes later reach the feature
-                node.replace_all_uses_with(
-                    clone,
-                    lambda user: tracer.places.get(user, 0) > after,  # noqa: B023
-                )
+        if tracer.exact or _is_constant(node):
+            cloned[after].append(node)
+    graph = fx.Graph()
+    current: dict[fx.Node, fx.Node] = {}  # what stands for a node from here on
+    taken: dict[tuple[fx.Node, int], fx.Node] = {}  # what a feature takes in place of that
+    renewed: dict[Any, fx.Node] = {}  # the path of a constant -> its clone
+    for node in tracer.places:
+        if node.op == "placeholder":
+            current[node] = graph.node_copy(node)
+    for node, position in tracer.places.items():
+        if node in plan.stays and node not in current:
+            copied = renewed.get(node.target)
+            current[node] = copied or graph.node_copy(node, current.__getitem__)
+        for value in cloned[position]:
+            original = current[value]
+            clone = graph.call_function(_clone, (original,))
+            if value is node and _is_constant(node):
+                current[node] = renewed[node.target] = clone
+            elif plan.alone[value]:  # so gradients of what comes later reach the feature
+                current[value] = clone
+                taken[value, position] = original
             else:
-                clones[node, after] = clone
-    for node in nodes[::-1]:
-        if node not in plan.stays:
-            graph.erase_node(node)
+                taken[value, position] = clone
     values = {}
     for query, (value, after) in features.items():
-        values[keys[query]] = map_arg(value, lambda node: clones.get((node, after), node))  # noqa: B023
+        values[keys[query]] = map_arg(
+            value,
+            lambda node: taken.get((node, after), current[node]),  # noqa: B023
+        )
     graph.output(values)
-    for target in renewed:
-        _renew(graph, target)
-
-
-def _renew(graph: fx.Graph, target: Any) -> None:
-    """Let all that fetches a constant take one clone of it."""
-    fetching = [node for node in _fetching(graph) if node.target == target]
-    clone = _clone_after(fetching[0], fetching[0])
-    for node in fetching:
-        node.replace_all_uses_with(clone, lambda user: user is not clone)
-
-
-def _clone_after(node: fx.Node, after: fx.Node) -> fx.Node:
-    following = after.next
-    while following.op == "placeholder":
-        following = following.next
-    with node.graph.inserting_before(following):
-        return node.graph.call_function(_clone, (node,))
+    return graph
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:  # TorchScript takes what has no type for a tensor
@@ -2013,8 +1973,7 @@ def _clone_nested(value: Any) -> Any:
 # What can return its input, or a view of it, though torch's schemas do not say so.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
-    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos"
-    " type_as".split()
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos type_as".split()
 )
 
 
@@ -2024,13 +1983,13 @@ for _operator in _OPERATORS:
     _WRITING.update((f"i{_operator}", f"__i{_operator}__"))
 
 
-def _operations(tracer: NodePathTracer) -> dict[fx.Node, _Operation]:
+def _operations(tracer: NodePathTracer, training: bool) -> dict[fx.Node, _Operation]:
     """What each node reads, writes and shares."""
     fetched: dict[Any, fx.Node] = {}  # the path of a parameter or buffer -> the first node of it
     operations = {}
     for node in tracer.places:
         kind = node.op
-        writes, views = _effects(tracer, node)
+        writes, views = _effects(tracer, node, training)
         if kind == "get_attr":
             views = [fetched.setdefault(node.target, node)]
         if _is_constant(node):
@@ -2048,7 +2007,9 @@ def _is_constant(node: fx.Node) -> bool:
     return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
 
 
-def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+def _effects(
+    tracer: NodePathTracer, node: fx.Node, training: bool = True
+) -> tuple[list[fx.Node], list[fx.Node]]:
     """The inputs into whose memory a node writes, and those that its value may share memory with.
 
     Torch's own operations do what torch declares. Of an opaque call, about which nobody says
@@ -2058,7 +2019,7 @@ def _effects(tracer: NodePathTracer, node: fx.Node) -> tuple[list[fx.Node], list
     effects: tuple[list[fx.Node], list[fx.Node]] | None = [], []
     if node.op == "call_module":
         module = operator.attrgetter(str(node.target))(tracer.root)
-        effects = _module_effects(module, inputs, tracer.training or tracer.exact)
+        effects = _module_effects(module, inputs, training or tracer.exact)
     elif node.op in ("call_function", "call_method"):
         effects = _function_effects(node, tracer.containers)
     if effects is None:
@@ -2174,17 +2135,17 @@ def _find_flaws(
     """What the features are not, once for each query and for each kind of loss."""
     flaws: dict[str, dict[str, None]] = collections.defaultdict(dict)
     losses: dict[str, str] = {}
-    for mode, tracer in tracers.items():
-        for query, text in _feature_flaws(tracer, features[mode], plans[mode]):
+    for mode, plan in plans.items():
+        tracer = tracers[mode]
+        for query, text in _feature_flaws(tracer, features[mode], plan):
             flaws[query][text] = None
         ends = [feature.after for feature in features[mode].values()]
         last = max(ends, default=-1)
         for kind, (position, text) in tracer.losses.items():
             if position <= last:
                 losses.setdefault(kind, text)
-        node = plans[mode].missed
-        if node is not None:
-            text = f"{_described(tracer, node)} {_NOT_IN_PLACE}; exact=True works in place"
+        if plan.missed is not None:
+            text = f"{_described(tracer, plan.missed)} {_NOT_IN_PLACE}; exact=True works in place"
             losses.setdefault(_NOT_IN_PLACE, text)
     own = "exact=True gives its own value, or an error"
     texts = [f"the feature {query!r} {', and '.join(flaws[query])}; {own}" for query in flaws]
@@ -2236,12 +2197,13 @@ def _warn_flaws(flaws: Iterable[str]) -> None:
         _warn(flaw, FeatureWarning)
 
 
-def _run_alike(tracers: dict[str, NodePathTracer]) -> bool:
+def _run_alike(tracers: dict[str, NodePathTracer], plans: dict[str, _Plan]) -> bool:
     """Whether after the cut both modes run nodes of the same names."""
     names = []
-    for tracer in tracers.values():
-        names.append([tracer.node_to_qualname.get(node) for node in tracer.graph.nodes])
-    return names[0] == names[1]
+    for mode, plan in plans.items():
+        named = tracers[mode].node_to_qualname.items()
+        names.append([name for node, name in named if node in plan.stays])
+    return names[0] == names[-1]
 
 
 def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathTracer) -> None:
@@ -2273,18 +2235,22 @@ def _warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _graph_property(name: str) -> Any:
-    """The graph of a mode, which copies leave packed until somebody asks for it."""
+    """The graph of a mode: until somebody asks, it is packed, or one graph serves both modes."""
 
     def get(self: DualGraphModule) -> Any:
-        graph = vars(self)[name]
+        graphs = vars(self)
+        graph = graphs[name]
         if isinstance(graph, _Packed):
-            graph = _unpack(graph)
-            set_to(self, graph)
-        return graph
+            set_to(self, _unpack(graph))
+        elif graphs["_train_graph"] is graphs["_eval_graph"]:
+            own = fx.Graph()
+            own.output(own.graph_copy(graph, {}))
+            set_to(self, own)
+        return graphs[name]
 
     def set_to(self: DualGraphModule, graph: fx.Graph) -> None:
         vars(self)[name] = graph
-        graph.owning_module = self  # once: torch 1.13 counts
+        graph.owning_module = self
 
     return property(get, set_to)
 
@@ -2331,8 +2297,9 @@ class DualGraphModule(fx.GraphModule):
                 module.training = source.training
                 made = module._buffers.keys() - source._buffers.keys()  # constants are no state
                 module._non_persistent_buffers_set |= made | source._non_persistent_buffers_set
-        self.train_graph = train_graph
-        self.eval_graph = eval_graph
+        vars(self).update(_train_graph=train_graph, _eval_graph=eval_graph)
+        for graph in {train_graph, eval_graph}:
+            graph.owning_module = self  # once: torch 1.13 counts
         vars(self)["meta"] = {}  # also where a module of the model has this name
         self.recompile()
 
@@ -2359,8 +2326,11 @@ class DualGraphModule(fx.GraphModule):
 
     def recompile(self) -> _Code:  # type: ignore[override]
         """Compile both graphs, as is needed after a change; gives the active mode's code."""
-        train = _generate(self.train_graph)
-        evaluation = _generate(self.eval_graph)
+        graph = vars(self)["_train_graph"]
+        if graph is vars(self)["_eval_graph"]:
+            train = evaluation = _generate(graph)
+        else:
+            train, evaluation = map(_generate, (self.train_graph, self.eval_graph))
         methods = {"forward": train}
         if train != evaluation:
             methods = {"_featx_train": train, "_featx_eval": evaluation}
@@ -2603,18 +2573,9 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"{type(model).__name__} holds compiled code:"
-            " hand in the module that it was made from (_orig_mod)"
+            f"{type(model).__name__} holds compiled code: hand in the module that it was made from (_orig_mod)"
         )
     with _tracing, _same_random_numbers(), contextlib.ExitStack() as undo:
-        for buffer in model.buffers():
-            with contextlib.suppress(RuntimeError, ValueError):  # lazy ones, types without a copy
-                if not buffer.is_inference():
-                    # By data: what autograd has saved of a buffer stays valid.
-                    undo.callback(buffer.data.copy_, buffer.detach().clone())
-        for parameter in model.parameters():  # which some models freeze in their train()
-            if not nn.parameter.is_lazy(parameter):
-                undo.callback(parameter.requires_grad_, parameter.requires_grad)
         restore = _snapshot(model)
         undo.callback(restore)
         yield restore
@@ -2628,11 +2589,12 @@ def _same_random_numbers() -> Any:
 
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:
-    """Note modes, attributes and the dicts and lists in them, however deep.
+    """Note modes, which parameters are frozen, attributes and the dicts and lists in them.
 
     Gives what restores them: new attributes go, but for those of the classes ``keep``.
     """
     modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     contents: dict[int, tuple[Any, Any]] = {}
 
     def note(container: Any) -> None:
@@ -2645,6 +2607,8 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
         for module, training in modes:
             if module.training != training:  # by the method, since some do more in it
                 module.train(training)
+        for parameter, requires_grad in trained:  # some models freeze theirs in train()
+            parameter.requires_grad = requires_grad
         for container, before in contents.values():
             if not isinstance(container, dict):
                 container[:] = before

@@ -102,20 +102,15 @@ def both_traced(model: nn.Module, example: Any = None) -> Iterator[dict[str, Any
     """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
     with featx._unchanged(model) as restore:
         tracers = featx._trace_both(model, restore, featx._tracer_arguments(None, False, example), None, False)
-        featx._separate(tracers)
         yield tracers
 
 
 @contextlib.contextmanager
-def traced_already(tracers: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """In the block one extractor is cut from copies of these tracers, which it gives, instead of tracing again."""
-    copies = {mode: tracer.in_other_mode() for mode, tracer in tracers.items()}
-    for mode, tracer in copies.items():
-        tracer.training = tracers[mode].training
-        vars(tracer).pop("places", None)  # of the nodes that were copied
+def traced_already(tracers: dict[str, Any]) -> Iterator[None]:
+    """In the block extractors are cut from the graphs of these tracers, instead of tracing again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(featx, "_trace_both", lambda *arguments: copies)
-        yield copies
+        patch.setattr(featx, "_trace_both", lambda *arguments: tracers)
+        yield
 
 
 def given_names(calls: Iterable[tuple[str, str | None]], paths: Iterable[str] = ()) -> list[str]:
@@ -132,9 +127,9 @@ def select(names: list[str]) -> dict[str, int]:
     return featx._select(names)
 
 
-def operations_of(tracer: Any) -> dict[fx.Node, Any]:
+def operations_of(tracer: Any, mode: str) -> dict[fx.Node, Any]:
     """What pruning knows of each node."""
-    return featx._operations(tracer)
+    return featx._operations(tracer, training=mode == "train")
 
 
 def effects(tracer: Any, node: fx.Node) -> Any:
@@ -181,12 +176,12 @@ def queries_by_mode(*arguments: Any) -> dict[str, dict[str, str]]:
     return featx._queries_by_mode(*arguments)
 
 
-def prune(tracer: Any, reads: Iterable[tuple[int, int]]) -> None:
-    """Cut a graph to what is read; keys are numbers."""
+def prune(tracer: Any, reads: Iterable[tuple[int, int]]) -> fx.Graph:
+    """What a graph is cut down to by what is read; keys are numbers."""
     nodes = list(tracer.graph.nodes)
     features = {str(number): featx._Feature(nodes[at], after) for number, (at, after) in enumerate(reads)}
-    plan = featx._make_plan(tracer, features)
-    featx._cut(tracer, features, dict(zip(features, features)), plan)
+    plan = featx._make_plan(tracer, features, training=True)
+    return featx._cut(tracer, features, dict(zip(features, features)), plan)
 
 
 # --- eager execution ---

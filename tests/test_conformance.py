@@ -497,8 +497,8 @@ def cut(vector: Mapping[str, Any]) -> tuple[nn.Module, fx.GraphModule, list[int]
         queries = {tracer.names[at]: str(number) for number, (at, _) in enumerate(reads)}
         extractor = extract_quietly(model.eval(), queries, exact="reads" in vector)
         return model, extractor, places(extractor.eval_graph, traced), arguments
-    prune(tracer, reads)
-    return model, fx.GraphModule(model, tracer.graph), places(tracer.graph, traced), arguments
+    graph = prune(tracer, reads)
+    return model, fx.GraphModule(model, graph), places(graph, traced), arguments
 
 
 @each("pruning", where=has_program)
@@ -851,7 +851,7 @@ def test_what_would_be_lost_is_refused(forward: Any) -> None:
     model.leaf = nn.Identity()
     tracer, _ = traced(model)
     with pytest.raises(ValueError, match="takes what is not listed, or writes into it"):
-        generate.rows(tracer, [None] * 9)
+        generate.rows(tracer, "eval", [None] * 9)
 
 
 @parametrize("text", ["", "[]", "{", '{"train": 3}', '{"train": [[]], "eval": "same as train"}'])

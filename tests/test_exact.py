@@ -472,7 +472,7 @@ def test_dropout_in_place_writes_in_train_mode_only() -> None:
         said = warned(model.train(mode), ["0", "1"])[1]
         assert list(said) == (["0"] if mode else [])
     # Whoever switches the dropout of an extractor on by hand has exact features all the same.
-    extractor = exact(model.eval(), ["0", "1"])
+    extractor = exact(model.eval(), *in_its_mode(model, ["0", "1"]))
     extractor.get_submodule("1").train()
     assert equal(run(extractor)["0"], model[0](X).detach())
 

@@ -145,6 +145,14 @@ def test_a_block_is_said_refused_or_right(kind: str, forward: Callable[..., Any]
     assert same(extract_quietly(model, "output")(X)["output"], truth(model)["2"])  # which is what torch.fx gives
 
 
+def test_what_both_modes_lose_is_said_once() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.fc(x if self.training else -x)  # it asks, so that each mode is traced
+
+    assert kinds_of(said(around(forward))) == ["grad mode"]
+
+
 def test_the_function_that_sets_the_grad_mode() -> None:
     model = around("torch.set_grad_enabled(False); x = self.fc(x); torch.set_grad_enabled(True); return self.fc(x)")
     assert kinds_of(said(model)) == ["grad mode"]

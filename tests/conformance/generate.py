@@ -194,7 +194,7 @@ def make(name: str) -> dict[str, Any]:
         for mode, tracer in tracers.items():
             if str(tracer.graph) != str(tracers["train"].graph) or not shapes:  # the same calls give the same shapes
                 shapes = shapes_of(getattr(model, mode)(), tracer, x)
-            listed[mode] = rows(tracer, shapes)
+            listed[mode] = rows(tracer, mode, shapes)
             if listed[mode] != listed["train"] or mode == "train":
                 cuts += [extractor(model, tracers, mode, query) for query in queries(tracer.names)]
     given = {"code": list(EXAMPLES[name].code)} if example else {"input": {"shape": list(x.shape), "dtype": "float32"}}
@@ -235,10 +235,10 @@ def shapes_of(model: nn.Module, tracer: Any, x: Optional[torch.Tensor]) -> List[
     return [shape(interpreter.seen[node.name]) for node in tracer.node_to_qualname]
 
 
-def rows(tracer: Any, shapes: Iterable[Any]) -> list[Row]:
+def rows(tracer: Any, mode: str, shapes: Iterable[Any]) -> list[Row]:
     """What is stored of each node that has a name."""
     places = {node: position for position, node in enumerate(tracer.node_to_qualname)}
-    operations = operations_of(tracer)
+    operations = operations_of(tracer, mode)
     check_unlisted(operations, places)
     listed = []
     for (node, name), of_value in zip(tracer.node_to_qualname.items(), shapes):
@@ -295,15 +295,15 @@ def queries(names: Sequence[str]) -> List[str]:
 def extractor(model: nn.Module, tracers: Dict[str, Any], mode: str, query: str) -> Dict[str, Any]:
     """What is stored of an extractor of one query in one mode."""
     asked = (None, [query], []) if mode == "train" else (None, [], [query])
-    with traced_already(tracers) as copies:
-        places = {node: position for position, node in enumerate(copies[mode].node_to_qualname)}
+    with traced_already(tracers):
         made = extract_quietly(model, *asked)
-    *nodes, output = copies[mode].graph.nodes
+    places = {node.name: position for position, node in enumerate(tracers[mode].node_to_qualname)}
+    *nodes, output = (made.train_graph if mode == "train" else made.eval_graph).nodes
     return {
         "mode": mode,
         "query": query,
-        "position": places[output.args[0][query]],
-        "stays": [places[node] for node in nodes if node in places],
+        "position": places[output.args[0][query].name],
+        "stays": [places[node.name] for node in nodes if node.name in places],
         "parameters": sum(parameter.numel() for parameter in made.parameters()),
     }
 
