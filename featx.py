@@ -533,8 +533,6 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self.exact = exact
         self.example = _as_call(example_inputs)
         self.given: dict[str, Any] = {}  # argument -> what the example gives
-        # By id the tensors into which the forward may write, with what they were.
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Node -> a text that only equal numbers share, so that x.shape[0] == 3, asked twice, has
         # one guard; "" for what is the same for all inputs.
         self._formulas: dict[fx.Node, str] = {}
@@ -612,17 +610,6 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             raise
         finally:
             self._thread = thread
-
-    def keep(self, *tensors: Any) -> None:
-        """Note what tensors are before something is written into them."""
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in self._kept:
-                self._kept[id(tensor)] = tensor, tensor.detach().clone()
-
-    def put_back(self) -> None:
-        """Undo what was written into tensors that are no stand-ins."""
-        for tensor, before in self._kept.values():
-            tensor.data.copy_(before)
 
     def note_value(self, proxy: Any, value: Any) -> None:
         """Put the value of a new node on its stand-in."""
@@ -943,12 +930,7 @@ class NodePathTracer(_AnsweringTracer):
         losses: what tracing left out, by kind -> the position of the first node that it concerns,
             and the text of the warning.
         replaced: the nodes of operators in place, such as ``+=``, that torch.fx makes new values.
-        watched: by id the tensors of which nothing should be computed outside of the graph:
-            buffers, views of them, and constants that a node writes into.
-        views, written: the ids of the views, and of what nodes write into, among them.
-        taken: by id the tensors that nodes take as constants.
-        computed: by id references to the tensors that were computed for the example, without views
-            of what was not.
+        watch: what sees the tensors outside of the graph.
         auto_leaves: the classes of which auto_leaf=True made leaves -> the reason.
 
     >>> tracer = NodePathTracer()
@@ -995,19 +977,15 @@ class NodePathTracer(_AnsweringTracer):
         self._enabling: list[bool] = []
         parameters = self.root.named_parameters()
         self._parameter_paths = {id(parameter): path for path, parameter in parameters}
-        self.watched = {id(buffer): buffer for buffer in self.root.buffers()}
-        self.views: set[int] = set()
-        self.written: set[int] = set()
-        self.taken: dict[int, torch.Tensor] = {}
-        self.computed: dict[int, Callable[[], Any]] = {}
+        self.watch = _Watch(self)
         if self.exact:
             self._namer = _Namer(self.paths)
         if self.example:
             if any(map(nn.parameter.is_lazy, self.root.parameters())):
                 raise fx.proxy.TraceError("it has lazy modules: call it once before")
-            self.keep(*self.root.buffers())
-        with contextlib.ExitStack() as undo, _Watch(self), _Patcher() as patcher:
-            undo.callback(self.put_back)
+            for buffer in self.root.buffers():  # a batch norm does not declare what it writes
+                self.watch.keep(buffer)
+        with contextlib.ExitStack() as undo, self.watch, _Patcher() as patcher:
             undo.enter_context(self._noting_mode())
             for block in (torch.enable_grad, torch.set_grad_enabled):
                 for name in ("__enter__", "__exit__"):
@@ -1095,7 +1073,7 @@ class NodePathTracer(_AnsweringTracer):
             self.note_value(proxy, value)
         for tensor in values[:1]:  # the operation's first argument
             if isinstance(tensor, torch.Tensor) and _is_in_place(node):
-                self._note_written(node, tensor)
+                self.watch.note_written(node, tensor)
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
@@ -1145,14 +1123,6 @@ class NodePathTracer(_AnsweringTracer):
         """The stand-in for a node's value."""
         return _Proxy(node, self)
 
-    def _note_written(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """A node writes into a tensor that is no proxy: what is computed from it is out of date."""
-        is_view = id(tensor) in self.views or tensor._base is not None
-        if is_view and _is_constant(node.all_input_nodes[0]):
-            self.lose(_ASSIGNED, 0)
-        self.watched[id(tensor)] = tensor
-        self.written.add(id(tensor))
-
     def create_arg(self, a: Any) -> Any:
         """Make of a value an argument of a node; what is most frequent is answered at once."""
         kind = type(a)
@@ -1167,8 +1137,8 @@ class NodePathTracer(_AnsweringTracer):
         if kind.__module__ == "numpy" and a.ndim == 0:  # of which code could not be made
             return a.item()
         if isinstance(a, torch.Tensor):
-            self.taken[id(a)] = a
-            if a.grad_fn is not None or self.is_of_example(a):
+            self.watch.taken[id(a)] = a
+            if a.grad_fn is not None or self.watch.is_of_example(a):
                 self.lose(_EARLIER)
         try:
             return super().create_arg(a)
@@ -1190,11 +1160,6 @@ class NodePathTracer(_AnsweringTracer):
         if position is None:
             position = len(self.graph.nodes)
         self.losses[kind] = position, f"{where} {kind}; {remedy}{_source_line(_frames_inside())}"
-
-    def is_of_example(self, tensor: Any) -> bool:
-        """Whether a tensor was computed for the example, in memory of its own."""
-        computed = self.computed.get(id(tensor), lambda: None)
-        return computed() is tensor
 
     def _check_buffers(self, module: nn.Module, before: Mapping[str, Any]) -> None:
         """See whether the forward of a module assigned to one of its buffers."""
@@ -1284,49 +1249,95 @@ def _may_ask_mode(kind: Any) -> bool:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what a forward computes without proxies, of which torch.fx makes constants."""
+    """Sees what is computed outside of the graph while a forward is traced.
+
+    The forward computes without stand-ins what torch.fx makes constants of; and every value is
+    computed for the example. What that writes into the model or into constants is undone.
+
+    Attributes:
+        watched: by id the tensors of which the forward should compute nothing: buffers, views of
+            them, and constants that a node writes into.
+        views, written: the ids of the views, and of what nodes write into, among them.
+        taken: by id the tensors that nodes take as constants.
+        computed: by id references to what was computed for the example in memory of its own.
+        kept: by id tensors that are written into, with what they were.
+    """
 
     def __init__(self, tracer: NodePathTracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
+        self.watched = {id(buffer): buffer for buffer in tracer.root.buffers()}
+        self.views: set[int] = set()
+        self.written: set[int] = set()
+        self.taken: dict[int, torch.Tensor] = {}
+        self.computed: dict[int, Callable[[], Any]] = {}
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True, the default, imports torch._dynamo
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.put_back()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tracer = self.tracer
         arguments, _ = tree_flatten((args, kwargs))
         first = next(iter(arguments), None)  # into which it writes, if it does
-        is_aside = tracer._is_aside()  # it is computed for the example
-        is_of_example = is_aside and tracer.is_of_example(first)
-        is_kept = id(first) in tracer.watched or (is_aside and not is_of_example)
-        if func._schema.is_mutable and is_kept:
-            tracer.keep(first)
+        is_aside = self.tracer._is_aside()  # it is computed for the example
+        is_foreign = is_aside and not self.is_of_example(first)
+        if func._schema.is_mutable and (is_foreign or id(first) in self.watched):
+            self.keep(first)
         value = func(*args, **(kwargs or {}))
-        if is_aside:
-            is_made = not any(returned.alias_info for returned in func._schema.returns)
-            if is_made or is_of_example:
-                for tensor in tree_flatten(value)[0]:
-                    if isinstance(tensor, torch.Tensor):
-                        tracer.computed[id(tensor)] = weakref.ref(tensor)
-            return value
+        is_view = any(returned.alias_info for returned in func._schema.returns)
+        if not is_aside:
+            self._note_constant(func, arguments, value)
+        elif not (is_view and is_foreign):
+            for tensor in tree_flatten(value)[0]:
+                if isinstance(tensor, torch.Tensor):
+                    self.computed[id(tensor)] = weakref.ref(tensor)
+        return value
+
+    def _note_constant(self, func: Any, arguments: list[Any], value: Any) -> None:
+        """Note what the forward computes without stand-ins, and what is lost by it."""
         if torch.Tag.nondeterministic_seeded in func.tags:
-            tracer.lose(_RANDOM)
-        found = [item for item in arguments if id(item) in tracer.watched]
-        is_written = any(id(item) in tracer.written for item in found)
+            self.tracer.lose(_RANDOM)
+        found = [item for item in arguments if id(item) in self.watched]
+        is_written = any(id(item) in self.written for item in found)
         if func._schema.is_mutable:
-            if id(first) in tracer.watched or id(first) in tracer.taken:
-                tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
-                return value
+            if id(arguments[0]) in {*self.watched, *self.taken}:
+                self.tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
+                return
         elif found and not is_written and func._schema.returns[0].alias_info:
             for view in tree_flatten(value)[0]:
-                tracer.watched[id(view)] = view
-                tracer.views.add(id(view))
-            found = []
+                self.watched[id(view)] = view
+                self.views.add(id(view))
+            return
         if is_written or any(map(_is_no_integer, found)):
-            tracer.lose(_BUFFERS)
-        return value
+            self.tracer.lose(_BUFFERS)
+
+    def note_written(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """A node writes into a tensor that is no proxy: what is computed from it is out of date."""
+        is_view = id(tensor) in self.views or tensor._base is not None
+        if is_view and _is_constant(node.all_input_nodes[0]):
+            self.tracer.lose(_ASSIGNED, 0)
+        self.watched[id(tensor)] = tensor
+        self.written.add(id(tensor))
+
+    def is_of_example(self, tensor: Any) -> bool:
+        """Whether a tensor was computed for the example, in memory of its own."""
+        computed = self.computed.get(id(tensor), lambda: None)
+        return computed() is tensor
+
+    def keep(self, tensor: Any) -> None:
+        """Note what a tensor is before something is written into it."""
+        if id(tensor) not in self.kept:
+            self.kept[id(tensor)] = tensor, tensor.detach().clone()
+
+    def put_back(self) -> None:
+        """Undo what was written into what is kept."""
+        for tensor, before in self.kept.values():
+            tensor.data.copy_(before)  # by data: what autograd has saved of it stays valid
 
 
 def _is_no_integer(tensor: torch.Tensor) -> bool:
@@ -1467,7 +1478,7 @@ def _first_difference(
                 hook = functools.partial(_note_call, seen, path)
                 hooks.callback(model.get_submodule(path).register_forward_hook(hook).remove)
             seen.append(("the output", module(*args, **kwargs)))
-        tracer.put_back()
+        tracer.watch.put_back()
     for (path, expected), (_, found) in zip(*values):
         difference = _difference(expected, found)
         if difference:
@@ -2806,15 +2817,18 @@ def _photograph(path: str) -> torch.Tensor:
     std = torch.tensor([0.229, 0.224, 0.225])
     with Image.open(path) as file:
         upright = ImageOps.exif_transpose(file).convert("RGB")
-    image = ImageOps.fit(upright, (224, 224), Image.Resampling.BILINEAR, bleed=1 / 16)
+    image = ImageOps.fit(
+        upright,
+        (224, 224),
+        Image.Resampling.BILINEAR,
+        bleed=1 / 16,
+    )
     pixels = torch.tensor(list(image.tobytes())).reshape(224, 224, 3) / 255
     return ((pixels - mean) / std).permute(2, 0, 1)[None]
 
 
 def _rows(
-    extractor: DualGraphModule,
-    queries: dict[str, str],
-    values: dict[str, Any],
+    extractor: DualGraphModule, queries: dict[str, str], values: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """What there is to be said of each feature, as far as it goes.
 

@@ -134,7 +134,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "parameters keep what is written": (
         "test_example.py::test_parameters_are_as_they_were[self.scale.data.clamp_(0, 0.5); return h * self.scale]",
-        {"tracer.keep(first)": "pass"},
+        {"self.keep(first)": "pass"},
     ),
     "gradients are not switched off": (
         "test_example.py::test_gradients_that_are_switched_off",
@@ -142,7 +142,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "what hooks keep of an example": (
         "test_example.py::test_what_a_hook_keeps_of_the_example",
-        {" or self.is_of_example(a):": ":"},
+        {" or self.watch.is_of_example(a):": ":"},
     ),
     "leaves are advised that are none": (
         "test_met.py::test_what_has_a_call_of_its_own_is_no_leaf",
@@ -420,7 +420,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "values of buffers not restored": (
         "test_effects.py::test_success",
-        {"tracer.keep(first)": "pass"},
+        {"self.keep(first)": "pass"},
     ),
     "what train() froze stays frozen": (
         "test_effects.py::test_a_train_method_that_freezes",
@@ -590,7 +590,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "tensors of earlier calls not seen": (
         "test_met.py::test_refused_if_exact[kept]",
-        {"if a.grad_fn is not None or self.is_of_example(a):": "if self.is_of_example(a):"},
+        {"if a.grad_fn is not None or self.watch": "if self.watch"},
     ),
     "buffers that are assigned not seen": (
         "test_tracing.py::test_a_buffer_that_is_assigned_is_said_refused_or_right",
@@ -602,7 +602,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "what is written into buffers without a node not seen": (
         "test_met.py::test_said_by_default",
-        {"if id(first) in tracer.watched or id(first) in tracer.taken:": "if False:"},
+        {"if id(arguments[0]) in {*self.watched, *self.taken}:": "if False:"},
     ),
     "blocks of other threads seen": (
         "test_tracing.py::test_what_other_threads_run_is_not_seen_and_not_disturbed",
@@ -618,7 +618,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "a warning of views of buffers": (
         "test_tracing.py::test_no_false_alarm",
-        {"            found = []\n": ""},
+        {"self.views.add(id(view))\n            return\n": "self.views.add(id(view))\n"},
     ),
     "what the tries before left": (
         "test_auto_leaf.py::test_a_try_does_not_see_what_the_ones_before_left",
