@@ -172,7 +172,7 @@ class UntraceableError(fx.proxy.TraceError):
 
     def __call__(self) -> None:
         """Raise it: what a graph does whose mode could not be traced."""
-        raise self
+        raise self.with_traceback(None)  # else that of each call before would stay
 
     __name__ = "untraceable"  # which the code of a graph calls it
 
@@ -391,7 +391,7 @@ class _Recording:
     """Lets a stand-in record what torch.fx loses: operators in place, and assigned items.
 
     With an example it has a value, and what Python asks about that is answered by it. Without
-    one it has none: nothing may look at ``_value``.
+    one it has no ``_value``.
     """
 
     tracer: Any
@@ -473,12 +473,10 @@ class _Attribute(_Recording, fx.proxy.Attribute):
         return self.tracer.compute(getattr, self.root, self.attr)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.tracer.stands_for(self.root, Mapping):
+        is_asked = self.attr in ("get", "items", "keys", "values")
+        if not is_asked or not self.tracer.stands_for(self.root, Mapping):
             return super().__call__(*args, **kwargs)
-        keys = self.tracer.keys(self.root)
-        if self.attr not in ("get", "items", "keys", "values"):
-            return super().__call__(*args, **kwargs)
-        items = {key: self.root[key] for key in keys}
+        items = {key: self.root[key] for key in self.tracer.keys(self.root)}
         return getattr(items, self.attr)(*args, **kwargs)
 
 
@@ -512,11 +510,11 @@ for _operator in _OPERATORS:
 
 
 class _AnsweringTracer(LeafModuleAwareTracer):
-    """A tracer that answers from an example what a forward asks about its inputs.
+    """The half of :class:`NodePathTracer` that answers from an example what a forward asks.
 
-    Beside each node its value for the example is computed. It lives on the stand-in: what the
-    forward lets go is let go. Where other inputs could be answered otherwise, the graph gets a
-    guard, an assert that they are answered so too.
+    Beside each node its value for the example is computed, *aside*: as if nothing were traced. It
+    lives on the stand-in: what the forward lets go is let go. Where other inputs could be answered
+    otherwise, the graph gets a guard, an assert that they are answered so too.
 
     Args:
         exact: without an example, arguments whose default is None, a bool or a str have it.
@@ -552,7 +550,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         _, *parameters = inspect.signature(root_fn).parameters.values()
         self._parameters = {parameter.name: parameter for parameter in parameters}
         args, kwargs = self.example or _default_call(parameters, concrete_args or {})
-        names = [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
+        names = [item.name for item in parameters if item.kind < item.VAR_POSITIONAL]
         names += [f"args_{position}" for position in range(len(names), len(args))]
         positional = list(map(self._argument, names, args))
         in_order = sorted(kwargs, key=[*self._parameters, *kwargs].index)
@@ -566,8 +564,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         parameter = self._parameters.get(name, _UNNAMED)
         default: tuple[Any, ...] = ()
         if self.example is None and parameter.default is not parameter.empty:
-            is_plain = is_constant and type(value) in _CONSTANTS
-            default = (value if is_plain else parameter.default,)
+            default = (value if type(value) in _CONSTANTS else parameter.default,)
         kind = None if parameter.annotation is parameter.empty else parameter.annotation
         stand_in = self.create_proxy("placeholder", name, default, {}, type_expr=kind)
         if not is_constant:
@@ -863,7 +860,7 @@ def _default_call(
     for parameter in parameters:
         value = parameter.default if type(parameter.default) in _DECIDING else PH
         value = concrete_args.get(parameter.name, value)
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+        if parameter.kind < parameter.VAR_POSITIONAL:
             args.append(value)
         elif parameter.kind is parameter.KEYWORD_ONLY:
             kwargs[parameter.name] = value
@@ -917,7 +914,7 @@ class NodePathTracer(_AnsweringTracer):
         args, kwargs: as for :class:`LeafModuleAwareTracer`.
 
     Attributes:
-        node_to_qualname: node -> name, in execution order. Constants that are arguments and the
+        node_to_qualname: node -> name, in execution order. Tensors that the forward makes and the
             graph's output have no name.
         current_module_qualname: the scope, the path of the module whose forward is running.
         exact: as given.
@@ -925,8 +922,8 @@ class NodePathTracer(_AnsweringTracer):
         given: the arguments that the example gives, by name.
         error: why the mode could not be traced.
         asked_mode: whether the forward asked for the mode of a module, or might have.
-        returned: what modules returned, if a graph can hold it. The first call of a module is
-            under its path; with exact=True the second is under the name ``path_1``.
+        returned: what modules returned, if a graph can hold it; by default only values of nodes.
+            The first call of a module is under its path; with exact=True the second is under the name ``path_1``.
         losses: what tracing left out, by kind -> the position of the first node that it concerns,
             and the text of the warning.
         replaced: the nodes of operators in place, such as ``+=``, that torch.fx makes new values.
@@ -993,7 +990,8 @@ class NodePathTracer(_AnsweringTracer):
             # torch.fx wraps neither _function() nor module.function().
             for function in self._autowrapped:
                 namespace = getattr(function, "__globals__", {})
-                patcher.patch(namespace, function.__name__, self.recorded(function))
+                if function.__name__ in namespace:
+                    patcher.patch(namespace, function.__name__, self.recorded(function))
             if self.example:
                 self.patch_questions(patcher)
             buffers = {**self.root._buffers}
@@ -1206,9 +1204,9 @@ class NodePathTracer(_AnsweringTracer):
             is_optional = node.op == "placeholder" and node.args == (None,)
             if is_optional and not node.users and not self.exact:
                 self.lose(_UNASKED.format(node.target), 0)
-        hooks = {**self.root._forward_hooks, **self.root._forward_pre_hooks}
+        is_hooked = self.root._forward_hooks or self.root._forward_pre_hooks
         is_called_so = type(self.root).__call__ is nn.Module.__call__
-        if hooks or "forward" in vars(self.root) or not is_called_so:
+        if is_hooked or "forward" in vars(self.root) or not is_called_so:
             self.lose(_AROUND, 0)
 
 
@@ -1259,7 +1257,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             them, and constants that a node writes into.
         views, written: the ids of the views, and of what nodes write into, among them.
         taken: by id the tensors that nodes take as constants.
-        computed: by id references to what was computed for the example in memory of its own.
+        computed: by id what was computed for the example in memory of its own, while it lives.
         kept: by id tensors that are written into, with what they were.
     """
 
@@ -1270,7 +1268,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.views: set[int] = set()
         self.written: set[int] = set()
         self.taken: dict[int, torch.Tensor] = {}
-        self.computed: dict[int, Callable[[], Any]] = {}
+        self.computed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
@@ -1295,7 +1293,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not (is_view and is_foreign):
             for tensor in tree_flatten(value)[0]:
                 if isinstance(tensor, torch.Tensor):
-                    self.computed[id(tensor)] = weakref.ref(tensor)
+                    self.computed[id(tensor)] = tensor
         return value
 
     def _note_constant(self, func: Any, arguments: list[Any], value: Any) -> None:
@@ -1326,8 +1324,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_of_example(self, tensor: Any) -> bool:
         """Whether a tensor was computed for the example, in memory of its own."""
-        computed = self.computed.get(id(tensor), lambda: None)
-        return computed() is tensor
+        return self.computed.get(id(tensor)) is tensor
 
     def keep(self, tensor: Any) -> None:
         """Note what a tensor is before something is written into it."""
@@ -1472,13 +1469,13 @@ def _first_difference(
     )
     for seen, (module, arguments) in zip(values, calls):
         args, kwargs = tree_map(_copied, arguments)
-        with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as hooks:
+        with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as undo:
+            undo.callback(tracer.watch.put_back)
             _set_mode(model, mode)
             for path in paths:
                 hook = functools.partial(_note_call, seen, path)
-                hooks.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+                undo.callback(model.get_submodule(path).register_forward_hook(hook).remove)
             seen.append(("the output", module(*args, **kwargs)))
-        tracer.watch.put_back()
     for (path, expected), (_, found) in zip(*values):
         difference = _difference(expected, found)
         if difference:
@@ -1515,10 +1512,10 @@ def _difference(expected: Any, found: Any) -> str:
         return next(filter(None, map(_difference, expected, found)), "")
     if type(expected) is type(found) and hasattr(expected, "__dict__"):
         return _difference(vars(expected), vars(found))
-    if type(expected) in _CONSTANTS and repr(expected) == repr(found):
-        return ""
     is_known = type(expected) in _CONSTANTS or isinstance(expected, torch.Tensor)
-    return f"{found!r} in place of {expected!r}" if is_known else ""
+    if not is_known or repr(expected) == repr(found):
+        return ""
+    return f"{found!r} in place of {expected!r}"
 
 
 def _are(kind: Any, *values: Any) -> bool:
@@ -1716,7 +1713,7 @@ def _find_features(
     """The value of each query, in execution order."""
     tracer = tracers[mode]
     answers = _answers(tracer)
-    # Of values that are read after one node, the inner module's comes first, as in the answers.
+    # Of what is read after one node, the order is that of the answers.
     order = {query: position for position, query in enumerate(answers)}
     features: dict[str, _Feature] = {}
     for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
@@ -1761,8 +1758,8 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _suggestions(answers: Iterable[str], query: str) -> list[str]:
-    """The closest of the queries that have a value, best first."""
-    return difflib.get_close_matches(query, list(answers), n=3)
+    """The three closest of the queries that have a value, best first."""
+    return difflib.get_close_matches(query, list(answers))
 
 
 def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
@@ -1786,7 +1783,7 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     if query in tracer.paths:
         path = tracer.path_of_module(operator.attrgetter(query)(tracer.root))
         if path != query:
-            return f"It is the module {path!r}, whose second call is {path + '_1'!r}."
+            return f"It is the module {path!r}; a second call of that is {path + '_1'!r}."
         return f"It is a module that is not called in {mode} mode, or returns what no graph holds."
     return ""
 
@@ -1801,7 +1798,7 @@ class _Operation(NamedTuple):
     writes: Sequence[fx.Node] = ()  # the inputs into whose memory it writes
     views: Sequence[fx.Node] = ()  # the inputs with which its value may share memory
     # "placeholder", "assert", "get_attr" of state, "constant", "replaced" where it should write
-    # into its first input and makes a new value, or nothing special.
+    # into its first input and makes a new value; any other is nothing special.
     kind: str = ""
 
 
@@ -2269,9 +2266,9 @@ def _graph_property(name: str) -> Any:
 class DualGraphModule(fx.GraphModule):
     """A module with a graph for each mode; calling it runs the graph of the mode that it is in.
 
-    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``. So
-    all follows the mode, however it is set: ``torch.compile``, ``torch.jit.script``, copies and
-    pickles.
+    Both graphs are compiled once, as two methods, and ``forward`` picks by ``self.training``; if
+    their code is the same, as one. So all follows the mode, however it is set: ``torch.compile``,
+    ``torch.jit.script``, copies and pickles.
 
     Args:
         root: the module from which the graphs' modules, parameters and buffers are taken; they are
@@ -2308,10 +2305,10 @@ class DualGraphModule(fx.GraphModule):
                 module.training = source.training
                 made = module._buffers.keys() - source._buffers.keys()  # constants are no state
                 module._non_persistent_buffers_set |= made | source._non_persistent_buffers_set
-        vars(self).update(_train_graph=train_graph, _eval_graph=eval_graph)
+        # By the dict, since a module of the model may have the name "meta".
+        vars(self).update(_train_graph=train_graph, _eval_graph=eval_graph, meta={})
         for graph in {train_graph, eval_graph}:
             graph.owning_module = self  # once: torch 1.13 counts
-        vars(self)["meta"] = {}  # also where a module of the model has this name
         self.recompile()
 
     train_graph = _graph_property("_train_graph")
@@ -2432,10 +2429,11 @@ def _generate(graph: fx.Graph) -> _Code:
         if "featx_block" in node.meta
     }
 
-    def in_block(match: re.Match[str]) -> str:  # a line begins with the name of its node
-        return f"    {blocks.get(match[1], '')}{match[1]}"
+    def in_block(match: re.Match[str]) -> str:
+        return f"    {blocks.get(match[1], '')}"
 
-    plain = re.sub(r"^    (\w+)", in_block, plain, flags=re.MULTILINE)
+    # A line begins with the name of its node; that of an item is "x[0] = y;  setitem = x".
+    plain = re.sub(r"^    (?=(?:\w+\[.*?;  )?(\w+))", in_block, plain, flags=re.MULTILINE)
 
     def with_paths(source: Callable[[fx.Node], str]) -> str:
         def written(match: re.Match[str]) -> str:
@@ -2523,17 +2521,13 @@ def _pack(graph: fx.Graph) -> _Packed:
         packed = (
             node.op,
             _packed_target(node.target),
-            map_arg((node.args, node.kwargs), _by_name),
+            map_arg((node.args, node.kwargs), lambda argument: _Reference(argument.name)),
             node.name,
             node.type,
             node.meta,
         )
         nodes.append(packed)
     return _Packed(nodes)
-
-
-def _by_name(node: fx.Node) -> _Reference:
-    return _Reference(node.name)
 
 
 def _packed_target(target: Any) -> Any:

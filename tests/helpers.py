@@ -348,7 +348,7 @@ def same(a: Any, b: Any) -> bool:
         if a.is_quantized:
             a = a.dequantize()
             b = b.dequantize()
-        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):

@@ -371,6 +371,13 @@ def test_concrete_args_win_over_defaults() -> None:
     assert same(extractor(X, X)["output"], Optional()(X, X, flag=True))
 
 
+def test_an_argument_by_position_only() -> None:
+    def forward(self: Any, x: torch.Tensor, flag: bool = False, /) -> torch.Tensor:
+        return x if flag else -x
+
+    assert same(exact(net(forward), "output")(X)["output"], -X)
+
+
 def test_the_rest_of_a_signature_is_empty() -> None:
     model = net(lambda self, x, *rest, **options: x + len(rest) + len(options))
     assert same(exact(model, "output")(X)["output"], X)
@@ -612,6 +619,14 @@ def test_parameters_are_as_they_were(body: str) -> None:
     model = stated(body)
     before = copy.deepcopy(model.state_dict())
     extract_quietly(model, "fc", example_inputs=(X,))
+    assert same(model.state_dict(), before)
+
+
+def test_buffers_are_as_they_were_where_a_mode_fails_when_it_is_checked() -> None:
+    model = Sequential(nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="in train mode an extractor will raise"):
+        extract(model, "output", example_inputs=(torch.rand(1, 4, 2, 2),))
     assert same(model.state_dict(), before)
 
 

@@ -308,9 +308,14 @@ def test_functions_that_are_autowrapped(function: Callable[[Any], Any]) -> None:
     assert eval_names(model, {"autowrap_functions": [_first]}) == ["x", "_first"]
 
 
+@parametrize("function", [torch.relu, lambda x: x])
+def test_functions_that_no_namespace_has_may_be_autowrapped(function: Callable[[Any], Any]) -> None:
+    assert eval_names(net(lambda self, x: torch.relu(x)), {"autowrap_functions": [function]}) == ["x", "relu"]
+
+
 shared = nn.ReLU()
 HINTS: dict[str, tuple[Any, str, str]] = {
-    "shared": (Sequential(shared, linear(), shared), "2", "It is the module '0', whose second call is '0_1'"),
+    "shared": (Sequential(shared, linear(), shared), "2", "It is the module '0'; a second call of that is '0_1'"),
     "auto_leaf": (Sequential(stated("return h if h.sum() > 0 else x")), "0.fc", "auto_leaf=True made it a leaf: "),
 }
 

@@ -153,6 +153,18 @@ def test_what_both_modes_lose_is_said_once() -> None:
     assert kinds_of(said(around(forward))) == ["grad mode"]
 
 
+def test_an_item_is_set_in_its_block() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        h = x @ self.fc.weight
+        with torch.no_grad():
+            self.fc.weight[0] = 0.0  # which raises an error where gradients are on
+        return h
+
+    model = Sequential(net(forward, fc=linear()))
+    exact(model, "output")(X)
+    assert model[0].fc.weight[0].tolist() == [0.0] * 4
+
+
 def test_the_function_that_sets_the_grad_mode() -> None:
     model = around("torch.set_grad_enabled(False); x = self.fc(x); torch.set_grad_enabled(True); return self.fc(x)")
     assert kinds_of(said(model)) == ["grad mode"]
