@@ -188,7 +188,8 @@ class UntraceableError(fx.proxy.TraceError):
             )
         elif self.path:
             lines.append(
-                f"- a change of {name}: its __call__ is its own, so leaf_modules and auto_leaf do nothing for it"
+                f"- a change of {name}: its __call__ is its own, so leaf_modules and auto_leaf do"
+                " nothing for it"
             )
         lines.append(_REMEDIES)
         if self.traceable:
@@ -807,7 +808,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 _DECIDING = (type(None), bool, str)
 # For C takes no stand-ins: these are recorded as calls where one is among their arguments.
 _FACTORIES = (
-    "arange as_tensor empty eye finfo full iinfo is_autocast_enabled linspace ones rand randn tensor zeros"
+    "arange as_tensor empty eye finfo full iinfo is_autocast_enabled linspace ones rand randn"
+    " tensor zeros"
 ).split()
 # Functions of torch of which an argument has to be true.
 _CHECKS = frozenset(
@@ -923,7 +925,8 @@ class NodePathTracer(_AnsweringTracer):
         error: why the mode could not be traced.
         asked_mode: whether the forward asked for the mode of a module, or might have.
         returned: what modules returned, if a graph can hold it; by default only values of nodes.
-            The first call of a module is under its path; with exact=True the second is under the name ``path_1``.
+            The first call of a module is under its path; with exact=True the second is under the
+            name ``path_1``.
         losses: what tracing left out, by kind -> the position of the first node that it concerns,
             and the text of the warning.
         replaced: the nodes of operators in place, such as ``+=``, that torch.fx makes new values.
@@ -1086,7 +1089,10 @@ class NodePathTracer(_AnsweringTracer):
         return None
 
     def block(self) -> str:
-        """The code of the grad mode in which an operation is recorded; by default it is lost."""
+        """The code of the grad mode in which an operation is recorded, if exact; else it is lost.
+
+        Autocast is lost in any case, which raises an error if exact.
+        """
         if _autocast_depth() != self._outer_autocast:
             self.lose(_AUTOCAST)
         if self._outer_grad and not torch.is_grad_enabled():
@@ -1280,6 +1286,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.put_back()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Foreign is what the example's values do not own: the model's, and constants.
         arguments, _ = tree_flatten((args, kwargs))
         first = next(iter(arguments), None)  # into which it writes, if it does
         is_aside = self.tracer._is_aside()  # it is computed for the example
@@ -1328,7 +1335,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def keep(self, tensor: Any) -> None:
         """Note what a tensor is before something is written into it."""
-        if id(tensor) not in self.kept:
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in self.kept:
             self.kept[id(tensor)] = tensor, tensor.detach().clone()
 
     def put_back(self) -> None:
@@ -1364,7 +1371,7 @@ def _trace_both(
     concrete_args: Any,
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
-    """Trace in both modes, once if the forward does not ask; the model's own has to be traceable."""
+    """Trace in both modes, once if the forward does not ask; the own one has to be traceable."""
     _check_arguments(model, concrete_args, arguments["example_inputs"])
     own, other = "train", "eval"
     if not model.training:
@@ -1923,8 +1930,10 @@ def _cut(
 ) -> fx.Graph:
     """A graph of what stays, copied from the traced one, that returns the features.
 
-    Constants that are written into are made anew at each call. If the tracer is exact, what is
-    overwritten later is cloned before.
+    Constants that are written into are made anew at each call: all that takes one takes a clone. If
+    the tracer is exact, a feature that is overwritten later is cloned before: of ``h = conv(x);
+    y = relu_(h)`` the feature ``h`` is what conv gave, if it is alone, and relu_ gets the clone; of
+    ``h = x.t()`` the feature is the clone, since relu_ shall write into x.
     """
     cloned = collections.defaultdict(list)  # by the position after which it is read
     for node, after in plan.overwritten:
@@ -1981,7 +1990,8 @@ def _clone_nested(value: Any) -> Any:
 # What can return its input, or a view of it, though torch's schemas do not say so.
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 _VIEW_FUNCTIONS = frozenset(
-    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos type_as".split()
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors data dropout einsum getitem meshgrid pos"
+    " type_as".split()
 )
 
 
@@ -2578,7 +2588,8 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
         raise TypeError(f"model takes a torch.nn.Module, not {model!r}")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"{type(model).__name__} holds compiled code: hand in the module that it was made from (_orig_mod)"
+            f"{type(model).__name__} holds compiled code:"
+            " hand in the module that it was made from (_orig_mod)"
         )
     with _tracing, _same_random_numbers(), contextlib.ExitStack() as undo:
         restore = _snapshot(model)

@@ -77,6 +77,7 @@ ASKING = {
     "a text of it": ("return h * {'cpu': 2, 'meta': 3}[x.device.type]", X * 2),
     "a kind of number": ("return h + torch.zeros(x.shape[0], 1, dtype=int)", LONGER),
     "writes": ("h[:, :2] += len(x)\nx.mul_(2)\nreturn h + x", LONGER),
+    "a constant that is given as out": ("return h * torch.arange(x.shape[1], out=torch.empty(4))", LONGER),
     "a constant that is written": ("o = torch.zeros(4); o += h.sum(0) * len(x)\nreturn o * 1", LONGER),
     "a failed call": ("try: return self.fc(h, mask=x)\nexcept TypeError: return self.fc(h)", X * 2),
     "a set": ("return h * len({*x.shape[:0]}) + len(x)", LONGER),
