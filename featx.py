@@ -343,8 +343,7 @@ def create_feature_extractor(
             graphs.append(graph)
         flaws = _find_flaws(tracers, features, plans)
         # 4. Make one module of them.
-        class_name = type(model).__name__
-        extractor = DualGraphModule(model, graphs[0], graphs[-1], class_name)
+        extractor = DualGraphModule(model, graphs[0], graphs[-1], type(model).__name__)
     # 5. Say where the modes differ, and which features are not what they seem.
     if not suppress_diff_warning and not (exact and _run_alike(tracers, plans)):
         _warn_graph_differences(tracers["train"], tracers["eval"])
@@ -1310,7 +1309,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = [item for item in arguments if id(item) in self.watched]
         is_written = any(id(item) in self.written for item in found)
         if func._schema.is_mutable:
-            if id(arguments[0]) in {*self.watched, *self.taken}:
+            target = id(arguments[0])
+            if target in self.watched or target in self.taken:
                 self.tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
                 return
         elif found and not is_written and func._schema.returns[0].alias_info:

@@ -101,8 +101,7 @@ def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any
 def both_traced(model: nn.Module, example: Any = None) -> Iterator[dict[str, Any]]:
     """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
     with featx._unchanged(model) as restore:
-        tracers = featx._trace_both(model, restore, featx._tracer_arguments(None, False, example), None, False)
-        yield tracers
+        yield featx._trace_both(model, restore, featx._tracer_arguments(None, False, example), None, False)
 
 
 @contextlib.contextmanager
