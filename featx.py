@@ -55,7 +55,6 @@ import copy
 import difflib
 import dis
 import functools
-import gc
 import importlib
 import inspect
 import itertools
@@ -425,7 +424,8 @@ class _Recording:
         # As torch.fx's, which holds all that its caller holds until garbage is collected.
         caller = sys._getframe(1)
         operation, count = caller.f_code.co_code[caller.f_lasti :][:2]
-        if dis.opname[operation] == "UNPACK_SEQUENCE":  # a, b = x
+        is_unpacked = dis.opname[operation] == "UNPACK_SEQUENCE"  # a, b = x
+        if is_unpacked and not self.tracer.stands_for(self, Mapping):
             return iter([self[position] for position in range(count)])
         return self.tracer.iter(self)  # type: ignore[no-any-return]
 
@@ -444,13 +444,20 @@ class _Recording:
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.record(operator.contains, self, item))
 
+    def __str__(self) -> str:
+        return self.tracer.text_of(self)  # type: ignore[no-any-return]
+
+    def __format__(self, form: str) -> str:
+        return self.tracer.text_of(self, form)  # type: ignore[no-any-return]
+
     def __round__(self, *digits: Any) -> Any:
         return self.tracer.record(round, self, *digits)
 
     def __hash__(self) -> int:
-        if self.tracer.example is None:
+        if self.tracer.example is None or self.tracer.stands_for(self, torch.Tensor):
             return object.__hash__(self)
-        return self.tracer.hash_of(self)  # type: ignore[no-any-return]
+        # No dict or cache may keep a stand-in: it would break the model.
+        raise fx.proxy.TraceError("its forward looks up what depends on its inputs")
 
 
 class _Proxy(_Recording, fx.Proxy):
@@ -534,11 +541,13 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         # Node -> a text that only equal numbers share, so that x.shape[0] == 3, asked twice, has
         # one guard; "" for what is the same for all inputs.
         self._formulas: dict[fx.Node, str] = {}
-        self._short: dict[str, str] = {}  # such a text -> a short one
+        self._short: dict[str, str] = {}  # such a text -> the name of the first node that has it
         self._writes = 0  # how many so far: what was asked before them is asked again
         self.containers: set[fx.Node] = set()  # the nodes of what is no tensor, and may be written
         self._guards: set[tuple[str, str]] = set()
-        self._hashed: list[weakref.ref[Any]] = []
+        self.texts: list[
+            tuple[Any, ...]
+        ] = []  # what was written: stand-in, value, the guard's text
         self._raised: Exception | None = None
 
     def create_args_for_root(
@@ -555,7 +564,13 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         positional = list(map(self._argument, names, args))
         in_order = sorted(kwargs, key=[*self._parameters, *kwargs].index)
         keywords = {name: self._argument(name, kwargs[name]) for name in in_order}
-        return lambda: root_fn(self.root, *positional, **keywords), []
+
+        def run() -> Any:
+            returned = root_fn(self.root, *positional, **keywords)
+            self.guard_texts()
+            return returned
+
+        return run, []
 
     def _argument(self, name: str, value: Any) -> Any:
         """Make a placeholder; gives what the forward gets for it: a stand-in or a constant."""
@@ -618,9 +633,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if _effects(self, node)[0]:  # type: ignore[arg-type]
             self._writes += 1
         formula = self._formula(node, is_tensor)
-        if formula:
-            formula = self._short.setdefault(formula, f"#{len(self._short)}")
-        self._formulas[node] = formula
+        self._formulas[node] = formula and self._short.setdefault(formula, node.name)
 
     def _formula(self, node: fx.Node, is_tensor: bool) -> str:
         if node.op == "get_attr":
@@ -642,12 +655,32 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._check_asked()
         if function is not None:
             stand_in = self.record(function, stand_in)
-        value = stand_in._value
-        if isinstance(value, torch.Tensor):
-            value = self.compute(torch.Tensor.item, stand_in)
+        value = self._plain(stand_in)
         if self._is_open(stand_in, value):
             self._guard(stand_in == value, value)
         return value
+
+    def _plain(self, stand_in: Any) -> Any:
+        """Its value; a tensor's as a number."""
+        if self.stands_for(stand_in, torch.Tensor):
+            return self.compute(torch.Tensor.item, stand_in)
+        return stand_in._value
+
+    def text_of(self, stand_in: Any, form: str = "") -> str:
+        """How a stand-in is written: as its value, unless that is a tensor of several numbers."""
+        text = repr(stand_in)
+        if self.example is None or getattr(stand_in._value, "ndim", False):
+            return text
+        value = self._plain(stand_in)
+        self.texts.append((stand_in, value, _went(value)))
+        return format(value, form)
+
+    def guard_texts(self) -> None:
+        """See to it that what was written is written so for other inputs: it may be looked up."""
+        texts, self.texts = self.texts, []
+        for stand_in, value, said in texts:
+            if self._is_open(stand_in, value):
+                self.record(torch._assert, stand_in == value, said)
 
     def guard_none(self, stand_in: Any) -> None:
         """See to it that what is None for the example is so for other inputs."""
@@ -689,27 +722,6 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """Whether the example's value is of a kind."""
         return self.example is not None and isinstance(obj._value, kind)
 
-    def hash_of(self, stand_in: Any) -> int:
-        """What it is looked up by: a tensor by itself, all else by its value."""
-        self._hashed.append(weakref.ref(stand_in))
-        if self.stands_for(stand_in, torch.Tensor):
-            return object.__hash__(stand_in)
-        return hash(self.answer(stand_in))
-
-    def leave_caches(self) -> None:
-        """Clear functools' caches of stand-ins; in others they would break the eager model."""
-        if not self._hashed:
-            return
-        for cache in gc.get_objects():
-            if type(cache) is functools._lru_cache_wrapper:
-                inside = gc.get_referents(cache)
-                for entries in inside:
-                    if type(entries) is dict and any(map(_holds_stand_in, entries)):
-                        cache.cache_clear()
-        gc.collect()
-        if any(_is_key(stand_in()) for stand_in in self._hashed):
-            raise fx.proxy.TraceError("its forward keeps what it looks up in a cache of its own")
-
     def _is_aside(self) -> bool:
         """Whether this is no part of the forward: another thread, or a value of the example."""
         return self._thread != threading.get_ident()
@@ -731,10 +743,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         return True
 
     def _guard(self, condition: Any, answer: Any) -> None:
-        path, line, _, text = _model_line(_frames_inside())
-        file = pathlib.Path(path).name
-        said = f"forward went one way because ({text}) was {answer!r} ({file}, line {line})"
-        self.record(torch._assert, condition, said)
+        self.guard_texts()
+        self.record(torch._assert, condition, _went(answer))
 
     def patch_questions(self, patcher: _Patcher) -> None:
         """Let Python's and torch's functions answer for stand-ins while the forward runs."""
@@ -820,6 +830,13 @@ _GIVEN = "an argument that the example gives is None"
 _ASKED = "its control flow depends on its inputs"
 
 
+def _went(answer: Any) -> str:
+    """What a guard says, of the line of the model that runs."""
+    path, line, _, text = _model_line(_frames_inside())
+    file = pathlib.Path(path).name
+    return f"forward went one way because ({text}) was {answer!r} ({file}, line {line})"
+
+
 def _kind(value: Any) -> str:
     """What isinstance may ask; all tensors are one kind."""
     if isinstance(value, torch.Tensor):
@@ -853,37 +870,16 @@ _UNNAMED = inspect.Parameter("unnamed", inspect.Parameter.KEYWORD_ONLY)
 
 
 def _default_call(
-    parameters: Iterable[inspect.Parameter], concrete_args: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
+    parameters: Sequence[inspect.Parameter], concrete_args: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a forward gets without an example; ``fx.PH`` stands for what stays an argument."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
+    values = {}
     for parameter in parameters:
-        value = parameter.default if type(parameter.default) in _DECIDING else PH
-        value = concrete_args.get(parameter.name, value)
-        if parameter.kind < parameter.VAR_POSITIONAL:
-            args.append(value)
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[parameter.name] = value
-    return args, kwargs
-
-
-def _is_key(item: Any) -> bool:
-    """Whether a dict or a set has it as a key, by itself or in a tuple."""
-    if item is None:  # the stand-in is gone
-        return False
-    for holder in gc.get_referrers(item):
-        if type(holder) is tuple and _is_key(holder):
-            return True
-        if type(holder) in (dict, set) and any(key is item for key in list(holder)):
-            return True
-    return False
-
-
-def _holds_stand_in(key: Any) -> bool:
-    if type(key) is tuple:
-        return any(map(_holds_stand_in, key))
-    return type(key) in (_Proxy, _Attribute)
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            value = parameter.default if type(parameter.default) in _DECIDING else PH
+            values[parameter.name] = concrete_args.get(parameter.name, value)
+    call = inspect.BoundArguments(inspect.Signature(parameters), values)
+    return call.args, call.kwargs
 
 
 def _example_of(item: Any) -> Any:
@@ -1063,6 +1059,10 @@ class NodePathTracer(_AnsweringTracer):
         """
         block = self.block()
         kind, target, values, *_ = args
+        if target is torch._assert:  # its message decides nothing
+            self.texts.clear()
+        elif target not in (*_METADATA, operator.getitem):  # of which a message is made
+            self.guard_texts()
         if kind == "placeholder" and values and isinstance(values[0], torch.Tensor):
             raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
@@ -1284,7 +1284,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.put_back()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         # Foreign is what the example's values do not own: the model's, and constants.
         arguments, _ = tree_flatten((args, kwargs))
         first = next(iter(arguments), None)  # into which it writes, if it does
@@ -1295,14 +1301,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = func(*args, **(kwargs or {}))
         is_view = any(returned.alias_info for returned in func._schema.returns)
         if not is_aside:
-            self._note_constant(func, arguments, value)
+            self._note_constant(func, arguments, value, is_view)
         elif not (is_view and is_foreign):
             for tensor in tree_flatten(value)[0]:
                 if isinstance(tensor, torch.Tensor):
                     self.computed[id(tensor)] = tensor
         return value
 
-    def _note_constant(self, func: Any, arguments: list[Any], value: Any) -> None:
+    def _note_constant(self, func: Any, arguments: Any, value: Any, is_view: bool) -> None:
         """Note what the forward computes without stand-ins, and what is lost by it."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.lose(_RANDOM)
@@ -1313,7 +1319,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if target in self.watched or target in self.taken:
                 self.tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
                 return
-        elif found and not is_written and func._schema.returns[0].alias_info:
+        elif found and is_view and not is_written:
             for view in tree_flatten(value)[0]:
                 self.watched[id(view)] = view
                 self.views.add(id(view))
@@ -1454,7 +1460,6 @@ def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     calls = [node for node in tracer.graph.nodes if node.op == "call_module"]
     paths = dict.fromkeys(str(node.target) for node in calls)
     try:
-        tracer.leave_caches()
         difference = _first_difference(model, mode, tracer, ())
         if difference:  # once more, to see where it begins
             difference = _first_difference(model, mode, tracer, paths) or difference
@@ -1840,7 +1845,11 @@ class _Memory:
         self.reads: list[tuple[fx.Node, int]] = []
 
 
-def _join(memory: dict[fx.Node, _Memory], node: fx.Node, views: Iterable[fx.Node]) -> None:
+def _join(
+    memory: dict[fx.Node, _Memory],
+    node: fx.Node,
+    views: Iterable[fx.Node],
+) -> None:
     """From now on a value shares memory with others; ``memory`` has the one of each value."""
     for viewed in views:
         both = memory[node], memory[viewed]

@@ -16,6 +16,7 @@ from tests import featx
 from tests.helpers import (
     MODES,
     X,
+    both_traced,
     effects,
     eval_names,
     exact,
@@ -29,6 +30,7 @@ from tests.helpers import (
     same,
     tensors,
     traced,
+    traced_already,
     truth,
     zoo,
 )
@@ -51,10 +53,11 @@ def test_every_node_alone_has_the_value_it_had_when_it_was_made(name: str) -> No
     model, x = build_with_input(name)
     seen = truth(model.eval(), x)
     assert len(seen) > 50
-    for query, expected in seen.items():
-        actual = run(extract_quietly(model, query), x)
-        assert list(actual) == [query]
-        assert same(actual[query], expected), query
+    with both_traced(model) as tracers, traced_already(tracers):
+        for query, expected in seen.items():
+            actual = run(extract_quietly(model, query), x)
+            assert list(actual) == [query]
+            assert same(actual[query], expected), query
 
 
 @zoo
