@@ -72,7 +72,10 @@ ASKING = {
     "a text": ("return h if str(x.shape[0]) == '3' else x", LONGER),
     "a text of a part": ("return x if 'meta' in str(x.device) else h", X * 2),
     "a text of a tensor": ("return h if f'{(x > 0).all()}' == 'True' else x", NEGATIVE),
-    "a text and its number": ("name = f'{x.shape[0]:02}'\nif x.shape[0]: h = h * {'03': 2}.get(name, 1)\nreturn h", LONGER),
+    "a text and its number": (
+        "name = f'{x.shape[0]:02}'\nif x.shape[0]: h = h * {'03': 2}.get(name, 1)\nreturn h",
+        LONGER,
+    ),
     "a text that is returned": ("return {f'of {x.shape[0]}': h}", LONGER),
     "a text of several numbers": ("print(f'{x}', end='')\nreturn h * len(x)", LONGER),
     "another module": ("return torch.nn.Softmax(-1)(h)", X * 2),

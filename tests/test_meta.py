@@ -166,7 +166,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "guards make texts messages": (
         "test_example.py::test_a_question_is_answered_or_refused[a text and its number-default-True]",
-        {"        self.guard_texts()\n        self.record(torch._assert, condition": "        self.record(torch._assert, condition"},
+        {"self.guard_texts()\n        self.record(torch._assert, condition": "self.record(torch._assert, condition"},
     ),
     # one trace
     "modes that are asked for in ways of their own": (
