@@ -55,6 +55,7 @@ import copy
 import difflib
 import dis
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -346,7 +347,8 @@ def create_feature_extractor(
     # 5. Say where the modes differ, and which features are not what they seem.
     if not suppress_diff_warning and not (exact and _run_alike(tracers, plans)):
         _warn_graph_differences(tracers["train"], tracers["eval"])
-    _warn_flaws(flaws)
+    for flaw in flaws:
+        warnings.warn(flaw, FeatureWarning, stacklevel=2)
     return extractor
 
 
@@ -414,11 +416,13 @@ class _Recording:
             if not self.tracer.stands_for(self, torch.Tensor):
                 bool(self.tracer.record(hasattr, self, name))
             raise
-        if isinstance(value, torch.Tensor) and self.tracer.block():
-            _ = attribute.node  # which is recorded now, and not once the block has ended
         if isinstance(value, str):
             return self.tracer.answer(attribute)
-        return self.tracer.record(getattr, self, name) if value is None else attribute
+        is_of_object = not self.tracer.stands_for(self, torch.Tensor) and not callable(value)
+        is_in_block = isinstance(value, torch.Tensor) and self.tracer.block()
+        if value is None or is_of_object or is_in_block:  # what may be another one later
+            return self.tracer.record(getattr, self, name)
+        return attribute
 
     def __iter__(self) -> Iterator[Any]:
         # As torch.fx's, which holds all that its caller holds until garbage is collected.
@@ -445,10 +449,16 @@ class _Recording:
         return bool(self.tracer.record(operator.contains, self, item))
 
     def __str__(self) -> str:
-        return self.tracer.text_of(self)  # type: ignore[no-any-return]
+        return str(self.tracer.written(self))
+
+    def __repr__(self) -> str:
+        return repr(self.tracer.written(self))
 
     def __format__(self, form: str) -> str:
-        return self.tracer.text_of(self, form)  # type: ignore[no-any-return]
+        return format(self.tracer.written(self), form)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self.tracer.record(divmod, self, other)
 
     def __round__(self, *digits: Any) -> Any:
         return self.tracer.record(round, self, *digits)
@@ -456,8 +466,8 @@ class _Recording:
     def __hash__(self) -> int:
         if self.tracer.example is None or self.tracer.stands_for(self, torch.Tensor):
             return object.__hash__(self)
-        # No dict or cache may keep a stand-in: it would break the model.
-        raise fx.proxy.TraceError("its forward looks up what depends on its inputs")
+        self.tracer.hashed.append(weakref.ref(self))
+        return hash(self.tracer.answer(self))
 
 
 class _Proxy(_Recording, fx.Proxy):
@@ -548,7 +558,10 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self.texts: list[
             tuple[Any, ...]
         ] = []  # what was written: stand-in, value, the guard's text
-        self._raised: Exception | None = None
+        self.hashed: list[
+            weakref.ref[Any]
+        ] = []  # the stand-ins that were looked up by their values
+        self.raised: Exception | None = None
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -618,7 +631,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         except (TypeError, AttributeError):  # from any input
             raise
         except Exception as error:
-            self._raised = error
+            self.raised = error
             raise
         finally:
             self._thread = thread
@@ -666,17 +679,20 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             return self.compute(torch.Tensor.item, stand_in)
         return stand_in._value
 
-    def text_of(self, stand_in: Any, form: str = "") -> str:
-        """How a stand-in is written: as its value, unless that is a tensor of several numbers."""
-        text = repr(stand_in)
-        if self.example is None or getattr(stand_in._value, "ndim", False):
-            return text
+    def written(self, stand_in: Any) -> Any:
+        """What a text has for it: of one number, dtype or device that, for it may be looked up."""
+        node = stand_in.node
+        if self.example is None:
+            return node
+        value = stand_in._value
+        if isinstance(value, (tuple, list, dict)) or getattr(value, "ndim", False):
+            return node
         value = self._plain(stand_in)
         self.texts.append((stand_in, value, _went(value)))
-        return format(value, form)
+        return value
 
     def guard_texts(self) -> None:
-        """See to it that what was written is written so for other inputs: it may be looked up."""
+        """See to it that what was written is written so for other inputs."""
         texts, self.texts = self.texts, []
         for stand_in, value, said in texts:
             if self._is_open(stand_in, value):
@@ -722,6 +738,20 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """Whether the example's value is of a kind."""
         return self.example is not None and isinstance(obj._value, kind)
 
+    def leave_caches(self) -> None:
+        """Clear functools' caches of stand-ins; in others they would break the eager model."""
+        if self.hashed:
+            gc.collect()
+        for reference in self.hashed:
+            for holder in _key_holders(reference()):
+                owners = gc.get_referrers(holder)
+                caches = [item for item in owners if type(item) is functools._lru_cache_wrapper]
+                for cache in caches:
+                    cache.cache_clear()
+                if not caches:
+                    text = "its forward keeps what it looks up in a cache of its own"
+                    raise fx.proxy.TraceError(text)
+
     def _is_aside(self) -> bool:
         """Whether this is no part of the forward: another thread, or a value of the example."""
         return self._thread != threading.get_ident()
@@ -748,7 +778,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 
     def patch_questions(self, patcher: _Patcher) -> None:
         """Let Python's and torch's functions answer for stand-ins while the forward runs."""
-        is_instance, is_callable, is_tensor = isinstance, callable, torch.is_tensor
+        is_instance = isinstance
 
         def known(item: Any) -> Any:
             if not is_instance(item, _Recording) or self._is_aside():
@@ -764,18 +794,15 @@ class _AnsweringTracer(LeafModuleAwareTracer):
                 item = known(item)
             return is_instance(item, kinds)
 
-        def answer_callable(item: Any) -> bool:
-            return is_callable(known(item))
-
-        def answer_is_tensor(item: Any) -> bool:
-            return is_tensor(known(item))
+        def answering(function: Any) -> Any:
+            return lambda item: function(known(item))
 
         for name in _CHECKS.intersection(vars(torch)):
             check = functools.partial(self._answer_check, getattr(torch, name))
             patcher.patch(vars(torch), name, check)
         patcher.patch(vars(builtins), "isinstance", answer_isinstance)
-        patcher.patch(vars(builtins), "callable", answer_callable)
-        patcher.patch(vars(torch), "is_tensor", answer_is_tensor)
+        patcher.patch(vars(builtins), "callable", answering(callable))
+        patcher.patch(vars(torch), "is_tensor", answering(torch.is_tensor))
         for name in _FACTORIES:
             factory = getattr(torch, name)
             patcher.patch(vars(torch), name, self.recorded(factory))
@@ -882,6 +909,16 @@ def _default_call(
     return call.args, call.kwargs
 
 
+def _key_holders(item: Any) -> Iterator[Any]:
+    """The dicts and sets that have it as a key, by itself or in a tuple."""
+    holders = [] if item is None else gc.get_referrers(item)
+    for holder in holders:
+        if type(holder) is tuple:
+            yield from _key_holders(holder)
+        elif type(holder) in (dict, set) and any(key is item for key in list(holder)):
+            yield holder
+
+
 def _example_of(item: Any) -> Any:
     """The value of a stand-in; anything else as it is."""
     if isinstance(item, _Recording):
@@ -980,8 +1017,11 @@ class NodePathTracer(_AnsweringTracer):
                 raise fx.proxy.TraceError("it has lazy modules: call it once before")
             for buffer in self.root.buffers():  # a batch norm does not declare what it writes
                 self.watch.keep(buffer)
-        with contextlib.ExitStack() as undo, self.watch, _Patcher() as patcher:
-            undo.enter_context(self._noting_mode())
+            for parameter in self.root.parameters():
+                self.watch.memories.append((parameter, parameter.data))
+        undo = contextlib.ExitStack()
+        with undo, self._noting_mode(), self.watch, _Patcher() as patcher:
+            undo.callback(self.watch.put_back)
             for block in (torch.enable_grad, torch.set_grad_enabled):
                 for name in ("__enter__", "__exit__"):
                     patcher.patch_method(block, name, self._noting_block(getattr(block, name)))
@@ -1059,8 +1099,9 @@ class NodePathTracer(_AnsweringTracer):
         """
         block = self.block()
         kind, target, values, *_ = args
-        if target is torch._assert:  # its message decides nothing
-            self.texts.clear()
+        if target is torch._assert:  # what its message says decides nothing
+            message = str(values[1:])
+            self.texts = [item for item in self.texts if str(item[1]) not in message]
         elif target not in (*_METADATA, operator.getitem):  # of which a message is made
             self.guard_texts()
         if kind == "placeholder" and values and isinstance(values[0], torch.Tensor):
@@ -1154,7 +1195,8 @@ class NodePathTracer(_AnsweringTracer):
         It concerns the nodes from a position on, by default those that come next.
         """
         if self.exact:
-            raise fx.proxy.TraceError(f"its forward {kind}")
+            self.raised = fx.proxy.TraceError(f"its forward {kind}")
+            raise self.raised
         if kind in self.losses:
             return
         path = self.current_module_qualname
@@ -1202,9 +1244,9 @@ class NodePathTracer(_AnsweringTracer):
 
     def _check_root(self, graph: fx.Graph) -> None:
         """See what of the model's own forward and of what surrounds it is left out."""
-        if self._raised is not None:
+        if self.raised is not None:
             text = "its forward goes on after an error, which other inputs may not raise: "
-            raise fx.proxy.TraceError(f"{text}{self._raised!r}")
+            raise fx.proxy.TraceError(f"{text}{self.raised!r}")
         for node in graph.nodes:
             is_optional = node.op == "placeholder" and node.args == (None,)
             if is_optional and not node.users and not self.exact:
@@ -1264,6 +1306,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         taken: by id the tensors that nodes take as constants.
         computed: by id what was computed for the example in memory of its own, while it lives.
         kept: by id tensors that are written into, with what they were.
+        memories: parameters, with the tensors that were their data.
     """
 
     def __init__(self, tracer: NodePathTracer) -> None:
@@ -1275,14 +1318,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.taken: dict[int, torch.Tensor] = {}
         self.computed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.memories: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True, the default, imports torch._dynamo
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.put_back()
 
     def __torch_dispatch__(
         self,
@@ -1348,6 +1388,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Undo what was written into what is kept."""
         for tensor, before in self.kept.values():
             tensor.data.copy_(before)  # by data: what autograd has saved of it stays valid
+        for parameter, memory in self.memories:
+            if parameter.data_ptr() != memory.data_ptr():
+                parameter.data = memory
 
 
 def _is_no_integer(tensor: torch.Tensor) -> bool:
@@ -1410,7 +1453,7 @@ def _trace_both(
         tracer.auto_leaves = leaves
         if tracer.error:
             _warn(f"in {mode} mode an extractor will raise an error: {tracer.error}")
-    return {mode: tracers[mode] for mode in ("train", "eval")}
+    return tracers
 
 
 def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) -> None:
@@ -1457,16 +1500,22 @@ def _set_mode(model: nn.Module, mode: str) -> None:
 
 def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     """See that the graph gives for the example what the model gives, bit for bit."""
-    calls = [node for node in tracer.graph.nodes if node.op == "call_module"]
-    paths = dict.fromkeys(str(node.target) for node in calls)
     try:
+        tracer.leave_caches()
         difference = _first_difference(model, mode, tracer, ())
         if difference:  # once more, to see where it begins
+            paths = _leaf_paths(tracer)
             difference = _first_difference(model, mode, tracer, paths) or difference
             raise fx.proxy.TraceError(f"its graph gives something else than it does: {difference}")
     except Exception as error:
         reason = f"with the example, {type(error).__name__}: {error}"
         raise UntraceableError("", type(model), reason) from error
+
+
+def _leaf_paths(tracer: NodePathTracer) -> dict[str, None]:
+    """The paths of the leaves that are called."""
+    calls = [node for node in tracer.graph.nodes if node.op == "call_module"]
+    return dict.fromkeys(str(node.target) for node in calls)
 
 
 def _first_difference(
@@ -1650,16 +1699,15 @@ class _Namer:
             scope: the path of the module whose forward is running, or that is called.
             own: torch.fx's name for the node; None for a call of a module.
         """
+        place = scope
         if own is not None:
             place = f"{scope}.{own}" if scope else own
-            stem, _ = _split_number(place)
-            return self._number(stem)
-        if scope in self._uncalled:
+        elif scope in self._uncalled:
             self._uncalled.remove(scope)
             return scope
-        if self._exact:
+        elif self._exact:
             return self._number(scope)
-        stem, _ = _split_number(scope)
+        stem, _ = _split_number(place)
         return self._number(stem)
 
     def _number(self, stem: str) -> str:
@@ -1781,11 +1829,10 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     if query in _answers(tracers[other]):
         both = "train_return_nodes and eval_return_nodes"
         return f"It is in the {other} graph only: pass {both}."
-    calls = [node for node in tracer.node_to_qualname if node.op == "call_module"]
-    leaves = {str(node.target) for node in calls}
+    leaves = _leaf_paths(tracer)
     if query in leaves:
         return "Its call has another name; exact=True gives what it returned."
-    for path in leaves.intersection(_prefixes(query)):
+    for path in leaves.keys() & _prefixes(query):
         leaf = type(operator.attrgetter(path)(tracer.root))
         remedy = f"tracer_kwargs={{'non_leaf_modules': [{_class_path(leaf)}]}} opens it."
         reason = tracer.auto_leaves.get(leaf)
@@ -2219,11 +2266,6 @@ def _described(tracer: NodePathTracer, node: fx.Node, query: str = "") -> str:
     return f"the module {node.target!r}"
 
 
-def _warn_flaws(flaws: Iterable[str]) -> None:
-    for flaw in flaws:
-        _warn(flaw, FeatureWarning)
-
-
 def _run_alike(tracers: dict[str, NodePathTracer], plans: dict[str, _Plan]) -> bool:
     """Whether after the cut both modes run nodes of the same names."""
     names = []
@@ -2253,9 +2295,9 @@ def _warn_graph_differences(train_tracer: NodePathTracer, eval_tracer: NodePathT
     )
 
 
-def _warn(message: str, category: type[Warning] = UserWarning) -> None:
+def _warn(message: str) -> None:
     """Warn at the line that called the public function."""
-    warnings.warn(message, category, stacklevel=4)
+    warnings.warn(message, stacklevel=4)
 
 
 # ---- the two-mode module
@@ -2270,9 +2312,7 @@ def _graph_property(name: str) -> Any:
         if isinstance(graph, _Packed):
             set_to(self, _unpack(graph))
         elif graphs["_train_graph"] is graphs["_eval_graph"]:
-            own = fx.Graph()
-            own.output(own.graph_copy(graph, {}))
-            set_to(self, own)
+            set_to(self, copy.deepcopy(graph))
         return graphs[name]
 
     def set_to(self: DualGraphModule, graph: fx.Graph) -> None:
@@ -2315,9 +2355,8 @@ class DualGraphModule(fx.GraphModule):
         # fx.GraphModule's own __init__ knows one graph; what it sets up is set up here.
         nn.Module.__init__(self)
         type(self).__name__ = class_name
-        nodes = [*_fetching(train_graph), *_fetching(eval_graph)]
-        for target in dict.fromkeys(str(node.target) for node in nodes):
-            _copy_attr(root, self, target)
+        for node in [*_fetching(train_graph), *_fetching(eval_graph)]:
+            _copy_attr(root, self, str(node.target))
         for path, module in self.named_modules():
             if type(module) in (nn.Module, type(self)):  # made here; the others are shared
                 source = root.get_submodule(path)
@@ -2647,6 +2686,8 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
 
     for module, _ in modes:
         note(vars(module))
+    for kind in {kind for module, _ in modes for kind in type(module).__mro__}:
+        note([*vars(kind).values()])
     return restore
 
 

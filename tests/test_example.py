@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import gc
 import pickle
 import threading
 import weakref
@@ -72,12 +73,19 @@ ASKING = {
     "a text": ("return h if str(x.shape[0]) == '3' else x", LONGER),
     "a text of a part": ("return x if 'meta' in str(x.device) else h", X * 2),
     "a text of a tensor": ("return h if f'{(x > 0).all()}' == 'True' else x", NEGATIVE),
-    "a text and its number": (
-        "name = f'{x.shape[0]:02}'\nif x.shape[0]: h = h * {'03': 2}.get(name, 1)\nreturn h",
+    "a text and a truth": (
+        "text = f'{x.shape[0] == 3}'\nif x.shape[0]: h = h * {'True': 2}.get(text, 1)\nreturn h",
         LONGER,
     ),
+    "a text before an assert": (
+        "text = f'{x.shape[0]}'\ntorch._assert(x.numel(), 'empty')\nreturn h * {'3': 2}.get(text, 1)",
+        LONGER,
+    ),
+    "a text of a tuple": ("return h * {'(3, 4)': 2}.get(str(tuple(x.shape)), 1)", LONGER),
+    "a text of several": ("return h * {'[3, 4]': 2}.get(f'{[*x.shape]}', 1)", LONGER),
+    "divmod": ("half, rest = divmod(x.shape[0], 2)\nreturn h[:half] if rest else x", LONGER),
     "a text that is returned": ("return {f'of {x.shape[0]}': h}", LONGER),
-    "a text of several numbers": ("print(f'{x}', end='')\nreturn h * len(x)", LONGER),
+    "a text of several numbers": ("print(f'{x} {x.shape}', end='')\nreturn h * len(x)", LONGER),
     "another module": ("return torch.nn.Softmax(-1)(h)", X * 2),
     "a check": ("torch._check(x.shape[0] == 3, lambda: 'not three')\nreturn h", LONGER),
     "a check of all": ("torch._check_tensor_all(x >= 0, lambda: 'negative')\nreturn h", NEGATIVE),
@@ -247,25 +255,30 @@ def test_what_a_leaf_returns_may_be_none() -> None:
     assert same(extractor(X), {"leaf": None, "output": X})
 
 
-@functools.lru_cache(maxsize=8)
-def positions(length: int) -> torch.Tensor:
-    return torch.arange(length)[:, None]
-
-
-CACHE: dict[Any, int] = {}
-
-
-@parametrize(
-    "look_up",
-    [lambda x: positions(x.shape[0]), lambda x: CACHE.setdefault((x.shape[0], x.dtype), 2)],
-    ids=["of functools", "a dict"],
-)
-def test_nothing_stays_in_a_cache(look_up: Any) -> None:
-    model = net(lambda self, x: x * look_up(x))
-    with pytest.raises(featx.UntraceableError, match="looks up what depends on its inputs"):
+@parametrize("key", [lambda x: x.shape[0], lambda x: (x.shape[0], x.dtype)], ids=["a number", "a tuple"])
+def test_nothing_stays_in_a_cache(key: Any) -> None:
+    cache: dict[Any, int] = {}
+    model = net(lambda self, x: x * cache.setdefault(key(x), 2))
+    with pytest.raises(featx.UntraceableError, match="a cache of its own"):
         node_names(model, example_inputs=(X,))
-    assert not CACHE
-    assert same(model(X), X * look_up(X))
+
+
+def test_what_was_looked_up_may_stay_in_a_list() -> None:
+    kept = []
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.shape[0])
+        return x * {3: 2}.get(kept[-1], 1)
+
+    assert agree(exact(net(forward), "output", example_inputs=(X,)), net(forward), X)
+
+
+def test_a_look_up_is_guarded() -> None:
+    model = net(lambda self, x: x * {3: 2, 6: 5}.get(x.shape[0], 1))
+    for example, other in ((X, LONGER), (X[:2], LONGER), (LONGER, X)):
+        extractor = exact(model, "output", example_inputs=(example,))
+        assert agree(extractor, model, example)
+        assert not agree(extractor, model, other)
 
 
 def test_a_tensor_is_looked_up_by_itself() -> None:
@@ -284,11 +297,80 @@ def test_an_error_that_other_inputs_may_not_raise() -> None:
         exact(model, "output", example_inputs=(X,))
 
 
+def test_a_refusal_cannot_be_caught() -> None:
+    model = stated("try: return h + torch.rand(4)\nexcept ValueError: return h")
+    with pytest.raises(featx.UntraceableError, match="goes on after an error, .*draws random numbers"):
+        exact(model, "output")
+
+
+class State:
+    """An object that a forward gets, and writes into."""
+
+    def __init__(self, h: torch.Tensor, n: int = 0) -> None:
+        self.h, self.n = h, n
+
+
+def test_attributes_are_read_where_the_forward_reads_them() -> None:
+    def forward(self: Any, state: State) -> Any:
+        before, start = state.h, state.n
+        state.h = state.h.relu()
+        state.n = state.n + len(state.h)
+        return state.h - before, state.n - start, start
+
+    extractor = exact(net(forward), "output", example_inputs=(State(X),))
+    for x in (X, -X):
+        assert same(extractor(State(x))["output"], forward(None, State(x)))
+
+
+def test_parameters_keep_their_data() -> None:
+    model = stated("self.scale.data = self.scale.data / 2\nreturn h * self.scale")
+    scale, data = model.scale, model.scale.data_ptr()
+    extractor = exact(model, "output", example_inputs=(X,))
+    assert model.scale is scale
+    assert same((scale.data_ptr(), scale), (data, torch.ones(4)))
+    first = extractor(X)["output"]
+    assert same(extractor(X)["output"], first / 2)
+
+
+class Grid(nn.Module):
+    """A module with a cache that all of its class share."""
+
+    cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = f"{x.shape[0]}"
+        if key not in self.cache:
+            self.cache[key] = torch.arange(x.shape[0], device=x.device)[:, None]
+        return x + self.cache[key]
+
+
+def test_a_dict_of_the_class_is_as_it_was() -> None:
+    Grid.cache.clear()
+    extractor = exact(Grid(), "output", example_inputs=(X,))
+    assert not Grid.cache
+    assert agree(extractor, Grid(), X)
+    assert not agree(extractor, Grid(), LONGER)
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     numpy = pytest.importorskip("numpy")
     model = net(lambda self, x: x * numpy.sqrt(4.0) + numpy.float32(1))
     assert same(extract(model, "output")(X)["output"], X * 2 + 1)
     assert agree(exact(model, "output", example_inputs=(X,)), model, X)
+
+
+def test_functools_caches_are_cleared() -> None:
+    gc.unfreeze()  # they are found among what is collected
+    model = net(lambda self, x: x + positions(x.shape[0], x.dtype))
+    extractor = exact(model, "output", example_inputs=(X,))
+    assert agree(extractor, model, X)
+    assert not agree(extractor, model, LONGER)
+    assert isinstance(positions(3, X.dtype), torch.Tensor)
+
+
+@functools.lru_cache(maxsize=8)
+def positions(length: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(length, dtype=dtype)[:, None]
 
 
 @fails_before(featx.UntraceableError, "a proxy cannot stand in for a buffer", torch="2.14")
