@@ -555,12 +555,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._writes = 0  # how many so far: what was asked before them is asked again
         self.containers: set[fx.Node] = set()  # the nodes of what is no tensor, and may be written
         self._guards: set[tuple[str, str]] = set()
-        self.texts: list[
-            tuple[Any, ...]
-        ] = []  # what was written: stand-in, value, the guard's text
-        self.hashed: list[
-            weakref.ref[Any]
-        ] = []  # the stand-ins that were looked up by their values
+        self.texts: list[Any] = []  # of what was written: stand-in, value, the guard's message
+        self.hashed: list[Any] = []  # weak references to what was looked up by its value
         self.raised: Exception | None = None
 
     def create_args_for_root(
