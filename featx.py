@@ -449,13 +449,13 @@ class _Recording:
         return bool(self.tracer.record(operator.contains, self, item))
 
     def __str__(self) -> str:
-        return str(self.tracer.written(self))
+        return self.tracer.text(str, self)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        return repr(self.tracer.written(self))
+        return self.tracer.text(repr, self)  # type: ignore[no-any-return]
 
     def __format__(self, form: str) -> str:
-        return format(self.tracer.written(self), form)
+        return self.tracer.text(format, self, form)  # type: ignore[no-any-return]
 
     def __divmod__(self, other: Any) -> Any:
         return self.tracer.record(divmod, self, other)
@@ -555,7 +555,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._writes = 0  # how many so far: what was asked before them is asked again
         self.containers: set[fx.Node] = set()  # the nodes of what is no tensor, and may be written
         self._guards: set[tuple[str, str]] = set()
-        self.texts: list[Any] = []  # of what was written: stand-in, value, the guard's message
+        self.pending: list[Any] = []  # what has no guard yet: stand-in, value, the guard's message
         self.hashed: list[Any] = []  # weak references to what was looked up by its value
         self.raised: Exception | None = None
 
@@ -576,7 +576,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 
         def run() -> Any:
             returned = root_fn(self.root, *positional, **keywords)
-            self.guard_texts()
+            self.guard_pending()
             return returned
 
         return run, []
@@ -664,33 +664,36 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._check_asked()
         if function is not None:
             stand_in = self.record(function, stand_in)
-        value = self._plain(stand_in)
-        if self._is_open(stand_in, value):
-            self._guard(stand_in == value, value)
+        value = self._asked(stand_in)
+        self.guard_pending()
         return value
 
-    def _plain(self, stand_in: Any) -> Any:
-        """Its value; a tensor's as a number."""
-        if self.stands_for(stand_in, torch.Tensor):
-            return self.compute(torch.Tensor.item, stand_in)
-        return stand_in._value
+    def _asked(self, stand_in: Any) -> Any:
+        """Its value, a tensor's as a number, which has to be the same for other inputs."""
+        value = stand_in._value
+        if isinstance(value, torch.Tensor):
+            value = self.compute(torch.Tensor.item, stand_in)
+        self.pending.append((stand_in, value, _went(value)))
+        return value
 
-    def written(self, stand_in: Any) -> Any:
-        """What a text has for it: of one number, dtype or device that, for it may be looked up."""
+    def text(self, write: Callable[..., str], stand_in: Any, *form: str) -> str:
+        """What str, repr or format makes of it: of one number, dtype or device its own text.
+
+        That may be looked up; the texts of shapes and tensors mostly are messages.
+        """
         node = stand_in.node
         if self.example is None:
-            return node
+            return write(node, *form)
         value = stand_in._value
         if isinstance(value, (tuple, list, dict)) or getattr(value, "ndim", False):
-            return node
-        value = self._plain(stand_in)
-        self.texts.append((stand_in, value, _went(value)))
-        return value
+            return write(node, *form)
+        self._asked(stand_in)
+        return self.compute(write, stand_in, *form)  # type: ignore[no-any-return]
 
-    def guard_texts(self) -> None:
-        """See to it that what was written is written so for other inputs."""
-        texts, self.texts = self.texts, []
-        for stand_in, value, said in texts:
+    def guard_pending(self) -> None:
+        """See to it that what was asked is answered so for other inputs."""
+        pending, self.pending = self.pending, []
+        for stand_in, value, said in pending:
             if self._is_open(stand_in, value):
                 self.record(torch._assert, stand_in == value, said)
 
@@ -769,7 +772,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         return True
 
     def _guard(self, condition: Any, answer: Any) -> None:
-        self.guard_texts()
+        self.guard_pending()
         self.record(torch._assert, condition, _went(answer))
 
     def patch_questions(self, patcher: _Patcher) -> None:
@@ -1097,9 +1100,9 @@ class NodePathTracer(_AnsweringTracer):
         kind, target, values, *_ = args
         if target is torch._assert:  # what its message says decides nothing
             message = str(values[1:])
-            self.texts = [item for item in self.texts if str(item[1]) not in message]
+            self.pending = [item for item in self.pending if str(item[1]) not in message]
         elif target not in (*_METADATA, operator.getitem):  # of which a message is made
-            self.guard_texts()
+            self.guard_pending()
         if kind == "placeholder" and values and isinstance(values[0], torch.Tensor):
             raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
@@ -2713,7 +2716,18 @@ def _main(arguments: Sequence[str] | None = None) -> int:
 
     The exit code is 1 if --check finds a difference, 2 for wrong input, 130 after an interrupt.
     """
-    parser = _parser()
+    parser = argparse.ArgumentParser(
+        "featx",
+        usage=argparse.SUPPRESS,  # an error is one line
+        description=_main.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model")
+    parser.add_argument("queries", nargs="*")
+    for option in "kwargs checkpoint image input device check plot".split():
+        parser.add_argument(f"--{option}")
+    for flag in "train exact auto-leaf example json debug".split():
+        parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_intermixed_args(arguments)
     warnings.showwarning = _show  # type: ignore[assignment]
     warnings.simplefilter("once", UserWarning)  # the model is traced more than once
@@ -2729,22 +2743,6 @@ def _main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         parser.error(textwrap.shorten(f"{type(error).__name__}: {error}", 300))
     return 1 if text and options.check else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "featx",
-        usage=argparse.SUPPRESS,  # an error is one line
-        description=_main.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model")
-    parser.add_argument("queries", nargs="*")
-    for option in "kwargs checkpoint image input device check plot".split():
-        parser.add_argument(f"--{option}")
-    for flag in "train exact auto-leaf example json debug".split():
-        parser.add_argument(f"--{flag}", action="store_true")
-    return parser
 
 
 # What is to be said of a feature, by its query.

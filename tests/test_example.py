@@ -83,6 +83,8 @@ ASKING = {
     ),
     "a text of a tuple": ("return h * {'(3, 4)': 2}.get(str(tuple(x.shape)), 1)", LONGER),
     "a text of several": ("return h * {'[3, 4]': 2}.get(f'{[*x.shape]}', 1)", LONGER),
+    "a text of a number in a tensor": ("return h * {'tensor(3)': 2}.get(str(torch.tensor(x.shape[0])), 1)", LONGER),
+    "a text of a number in a buffer": ("return h * {'1': 2}.get(f'{self.steps}', 1) * len(x)", LONGER),
     "divmod": ("half, rest = divmod(x.shape[0], 2)\nreturn h[:half] if rest else x", LONGER),
     "a text that is returned": ("return {f'of {x.shape[0]}': h}", LONGER),
     "a text of several numbers": ("print(f'{x} {x.shape}', end='')\nreturn h * len(x)", LONGER),

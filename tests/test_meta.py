@@ -162,7 +162,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "what is written is not guarded": (
         "test_example.py::test_a_question_is_answered_or_refused[a text-default-True]",
-        {"self.texts.append((stand_in, value, _went(value)))": "pass"},
+        {"        self._asked(stand_in)\n        return self.compute": "        return self.compute"},
     ),
     "other asserts make texts messages": (
         "test_example.py::test_a_question_is_answered_or_refused[a text before an assert-default-True]",
@@ -190,11 +190,11 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "a text that is returned is not guarded": (
         "test_example.py::test_a_question_is_answered_or_refused[a text that is returned-default-True]",
-        {"            self.guard_texts()\n            return returned": "            return returned"},
+        {"            self.guard_pending()\n            return returned": "            return returned"},
     ),
     "guards make texts messages": (
         "test_example.py::test_a_question_is_answered_or_refused[a text and a truth-default-True]",
-        {"self.guard_texts()\n        self.record(torch._assert, condition": "self.record(torch._assert, condition"},
+        {"self.guard_pending()\n        self.record(torch._assert, condition": "self.record(torch._assert, condition"},
     ),
     # one trace
     "modes that are asked for in ways of their own": (
