@@ -408,7 +408,9 @@ class _Recording:
         attribute = _Attribute(self, name)  # type: ignore[arg-type]
         if self.tracer.example is None:
             return attribute
-        if name.startswith("__"):  # protocols of others, such as numpy's
+        if name == "__array__" and not self.tracer.stands_for(self, torch.Tensor):
+            return lambda *_, **__: sys.modules["numpy"].asarray(self.tracer.answer(self))
+        if name.startswith("__"):  # other protocols
             raise AttributeError(name)
         try:
             value = self.tracer.compute(getattr, self, name)
@@ -1080,7 +1082,12 @@ class NodePathTracer(_AnsweringTracer):
         last = len(self.graph.nodes) - 1
         self.returned[name] = _Feature(argument, last)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(
+        self,
+        attr: str,
+        attr_val: Any,
+        parameter_proxy_cache: dict[str, Any],
+    ) -> Any:
         """Record the use of a parameter, and if exact of a buffer."""
         if self._is_aside():
             return attr_val
@@ -1736,7 +1743,11 @@ def _split_number(name: str) -> tuple[str, int]:
 # ---- selection
 
 
-def _queries_by_mode(both: Any, train: Any, evaluation: Any) -> dict[str, dict[str, str]]:
+def _queries_by_mode(
+    both: Any,
+    train: Any,
+    evaluation: Any,
+) -> dict[str, dict[str, str]]:
     """For each mode what is asked for, as query -> key."""
     if both is not None and train is None and evaluation is None:
         train = evaluation = both

@@ -361,6 +361,15 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert agree(exact(model, "output", example_inputs=(X,)), model, X)
 
 
+def test_functions_of_numpy_take_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = net(lambda self, x: x * int(numpy.sqrt(x.shape[0])) + float(numpy.prod(x.shape)))
+    extractor = exact(model, "output", example_inputs=(X,))
+    for x in (X, -X):
+        assert agree(extractor, model, x)
+    assert not agree(extractor, model, LONGER)
+
+
 def test_functools_caches_are_cleared() -> None:
     gc.unfreeze()  # they are found among what is collected
     model = net(lambda self, x: x + positions(x.shape[0], x.dtype))
