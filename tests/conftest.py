@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])  # what torch 1.13 fuses is rounded otherwise
 pytest.register_assert_rewrite("tests.helpers")  # so that its failures show values
 
 # `--hypothesis-profile=ci` and so on. What CI draws is the same each time, so that it fails for what was changed; dev
