@@ -191,7 +191,8 @@ def make(name: str) -> dict[str, Any]:
     shapes: List[Any] = []
     # What torchvision's models warn of is not about names.
     with ignored_warnings(), both_traced(model, example) as tracers:
-        for mode, tracer in tracers.items():
+        for mode in ("train", "eval"):
+            tracer = tracers[mode]
             if str(tracer.graph) != str(tracers["train"].graph) or not shapes:  # the same calls give the same shapes
                 shapes = shapes_of(getattr(model, mode)(), tracer, x)
             listed[mode] = rows(tracer, mode, shapes)
