@@ -2365,7 +2365,7 @@ class DualGraphModule(fx.GraphModule):
         # fx.GraphModule's own __init__ knows one graph; what it sets up is set up here.
         nn.Module.__init__(self)
         type(self).__name__ = class_name
-        for node in [*_fetching(train_graph), *_fetching(eval_graph)]:
+        for node in dict.fromkeys([*_fetching(train_graph), *_fetching(eval_graph)]):
             _copy_attr(root, self, str(node.target))
         for path, module in self.named_modules():
             if type(module) in (nn.Module, type(self)):  # made here; the others are shared
