@@ -412,15 +412,16 @@ class _Recording:
             return lambda *_, **__: sys.modules["numpy"].asarray(self.tracer.answer(self))
         if name.startswith("__"):  # other protocols
             raise AttributeError(name)
+        is_tensor = self.tracer.stands_for(self, torch.Tensor)
         try:
             value = self.tracer.compute(getattr, self, name)
         except AttributeError:
-            if not self.tracer.stands_for(self, torch.Tensor):
+            if not is_tensor:
                 bool(self.tracer.record(hasattr, self, name))
             raise
         if isinstance(value, str):
             return self.tracer.answer(attribute)
-        is_of_object = not self.tracer.stands_for(self, torch.Tensor) and not callable(value)
+        is_of_object = not is_tensor and not callable(value)
         is_in_block = isinstance(value, torch.Tensor) and self.tracer.block()
         if value is None or is_of_object or is_in_block:  # what may be another one later
             return self.tracer.record(getattr, self, name)
