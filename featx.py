@@ -22,8 +22,9 @@ How names are made:
 3. If that name, or a numbered form of it, was given out before, the number after the most recently
    given one is appended: ``relu``, ``relu_1``, ``relu_2``.
 4. No name is given twice: where rule 3 would repeat one, the next free number is taken.
-5. With ``exact=True`` the paths of all modules count as given out from the start. The first call
-   of a module has its path as name, as it is; rules 3 and 4 name the others. Buffers are nodes.
+5. With ``exact=True`` the paths of all modules are names that rule 4 does not repeat. The first
+   call of a module has its path as name, as it is; rules 3 and 4 name the others. Buffers are
+   nodes.
 
 Names, values and keys are those of ``torchvision.models.feature_extraction``, except where that
 returns something else than was asked for, runs more than is needed, crashes, or changes the
@@ -52,6 +53,7 @@ import builtins
 import collections
 import contextlib
 import copy
+import dataclasses
 import difflib
 import dis
 import functools
@@ -75,7 +77,6 @@ import weakref
 from typing import (
     Any,
     Callable,
-    Dict,
     Iterable,
     Iterator,
     Mapping,
@@ -119,6 +120,7 @@ Example = Union[Tuple[Any, ...], Mapping[str, Any]]
 # ---- errors
 
 
+@dataclasses.dataclass(eq=False)
 class NodeNameError(ValueError):
     """A query that matches no node.
 
@@ -129,14 +131,10 @@ class NodeNameError(ValueError):
         hint: why it may have been expected to match, and what to do, or ``""``.
     """
 
-    def __init__(
-        self, query: str, mode: str, suggestions: Sequence[str] = (), hint: str = ""
-    ) -> None:
-        super().__init__(query, mode, suggestions, hint)
-        self.query = query
-        self.mode = mode
-        self.suggestions = list(suggestions)
-        self.hint = hint
+    query: str
+    mode: str
+    suggestions: Sequence[str] = ()
+    hint: str = ""
 
     def __str__(self) -> str:
         text = f"no node of the {self.mode} graph is named {self.query!r} or lies below it."
@@ -147,6 +145,7 @@ class NodeNameError(ValueError):
         return f"{text} get_graph_node_names(model) lists all names."
 
 
+@dataclasses.dataclass(eq=False)
 class UntraceableError(fx.proxy.TraceError):
     """A model that torch.fx cannot trace; chained from the original error.
 
@@ -154,21 +153,14 @@ class UntraceableError(fx.proxy.TraceError):
         path: the path of the module whose forward failed, ``""`` for the model itself.
         module_type: the class of that module.
         reason: what happened, and in which line of the model's source.
-        traceable: the children that can be traced, where the model's own forward failed.
+        traceable: where the model's own forward failed, its children that have children of their
+            own and can be traced.
     """
 
-    def __init__(
-        self,
-        path: str,
-        module_type: type[nn.Module],
-        reason: str = "",
-        traceable: Sequence[str] = (),
-    ) -> None:
-        super().__init__(path, module_type, reason, traceable)
-        self.path = path
-        self.module_type = module_type
-        self.reason = reason
-        self.traceable = list(traceable)
+    path: str
+    module_type: type[nn.Module]
+    reason: str = ""
+    traceable: Sequence[str] = ()
 
     def __call__(self) -> None:
         """Raise it: what a graph does whose mode could not be traced."""
@@ -212,6 +204,35 @@ class FeatureWarning(UserWarning):
     """A feature is something else than its query says, or than the model computes."""
 
 
+def _frames_inside() -> Iterator[tuple[Any, int]]:
+    """The frames of a forward that is traced, innermost first."""
+    code = NodePathTracer.trace.__code__  # what called it is no line of the model's
+    frames = traceback.walk_stack(sys._getframe(1))
+    return itertools.takewhile(lambda at: at[0].f_code is not code, frames)
+
+
+def _is_of_model(frame: Any) -> bool:
+    """Whether what runs is no code of torch, of inspect or of this file."""
+    module = frame.f_globals.get("__name__", "")
+    return module != __name__ and module.split(".")[0] not in ("torch", "inspect")
+
+
+def _model_line(frames: Iterable[tuple[Any, int]]) -> traceback.FrameSummary:
+    """The first line of the model's own code; without a file name if there is none."""
+    for frame, line in frames:
+        if _is_of_model(frame):
+            code = frame.f_code
+            return traceback.FrameSummary(code.co_filename, line, code.co_name)
+    return traceback.FrameSummary("", 0, "")
+
+
+def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
+    """Where in the model's source something is."""
+    at = _model_line(frames)
+    place = f'\n  File "{at.filename}", line {at.lineno}, in {at.name}\n    {at.line}'
+    return place if at.filename else ""
+
+
 # ---- public functions
 
 
@@ -249,7 +270,8 @@ def get_graph_node_names(
         example_inputs: for models that ask about their inputs, what they are called with: a tuple
             of positional arguments, or a mapping argument -> value. These become the arguments,
             all others have their defaults. What is asked (``if x.ndim == 3``) is answered as for
-            the example, and an assert sees to it that other inputs would be answered so too.
+            the example, and an assert sees to it that other inputs would be answered so too. What
+            is asked and the asserts are nodes with names.
 
     Returns:
         A named tuple ``(train, eval)`` of two lists of strings.
@@ -265,7 +287,9 @@ def get_graph_node_names(
     ['input', '0', '1']
     """
     with _unchanged(model) as restore:
-        arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
+        arguments = _set_default_tracer_kwargs(
+            tracer_kwargs, exact=exact, example_inputs=example_inputs
+        )
         tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
     if not suppress_diff_warning:
         _warn_graph_differences(tracers["train"], tracers["eval"])
@@ -329,7 +353,9 @@ def create_feature_extractor(
     keys = _queries_by_mode(return_nodes, train_return_nodes, eval_return_nodes)
     with _unchanged(model) as restore:
         # 2. Trace in both modes.
-        arguments = _tracer_arguments(tracer_kwargs, exact, example_inputs)
+        arguments = _set_default_tracer_kwargs(
+            tracer_kwargs, exact=exact, example_inputs=example_inputs
+        )
         tracers = _trace_both(model, restore, arguments, concrete_args, auto_leaf)
         # 3. For each mode plan what stays, and copy that into a graph of its own; once if one trace
         #    serves both, and both return the same.
@@ -388,42 +414,70 @@ class LeafModuleAwareTracer(fx.Tracer):
         return is_chosen or super().is_leaf_module(m, module_qualified_name)
 
 
-class _Recording:
-    """Lets a stand-in record what torch.fx loses: operators in place, and assigned items.
+def _text(stand_in: Any, write: Callable[..., str], *form: str) -> str:
+    """What str, repr or format makes of a stand-in.
 
-    With an example it has a value, and what Python asks about that is answered by it. Without
-    one it has no ``_value``.
+    The text of a number, a dtype or a device decides something, such as which key is looked up: it
+    is the example's, with a guard. The texts of shapes and tensors mostly are messages: there, and
+    without an example, it is the node's name.
+    """
+    node = stand_in.node
+    value = stand_in._value
+    is_many = isinstance(value, (tuple, list, dict)) or getattr(value, "ndim", False)
+    if is_many or value is NotImplemented:
+        return write(node, *form)
+    stand_in.tracer.note_asked(stand_in)
+    return stand_in.tracer.compute(write, stand_in, *form)  # type: ignore[no-any-return]
+
+
+class _Proxy(fx.Proxy):
+    """The stand-in for the value of a node.
+
+    It records what torch.fx loses: operators in place, and assigned items and attributes. With an
+    example it has a value, and what Python asks about that is answered by it.
     """
 
     tracer: Any
-    _value: Any
+    _value: Any = NotImplemented  # the value for the example
     __getitem__: Callable[..., Any]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("node", "tracer", "_value"):
+            object.__setattr__(self, name, value)
+        else:
+            self.tracer.record(setattr, self, name, value)
+
     def __setitem__(self, index: Any, value: Any) -> None:
-        if isinstance(value, fx.Proxy):  # of x[i] += y the operator needs no memory of its own
-            self.tracer.replaced.discard(value.node)
+        # Of x[i] += y the operator needs no memory of its own.
+        self.tracer.replaced.discard(getattr(value, "node", None))
         self.tracer.record(operator.setitem, self, index, value)
 
     def __getattr__(self, name: str) -> Any:
-        attribute = _Attribute(self, name)  # type: ignore[arg-type]
-        if self.tracer.example is None:
+        attribute = _Attribute(self, name)
+        if self._value is NotImplemented:
             return attribute
-        if name == "__array__" and not self.tracer.stands_for(self, torch.Tensor):
+        is_tensor = isinstance(self._value, torch.Tensor)
+        if name == "__array__" and not is_tensor:
             return lambda *_, **__: sys.modules["numpy"].asarray(self.tracer.answer(self))
         if name.startswith("__"):  # other protocols
             raise AttributeError(name)
-        is_tensor = self.tracer.stands_for(self, torch.Tensor)
+        if name in ("get", "items", "values") and isinstance(self._value, Mapping):
+            items = {key: self[key] for key in self.keys()}
+            return getattr(items, name)
         try:
             value = self.tracer.compute(getattr, self, name)
         except AttributeError:
             if not is_tensor:
                 bool(self.tracer.record(hasattr, self, name))
             raise
+        attribute._value = value
         if isinstance(value, str):
             return self.tracer.answer(attribute)
         is_of_object = not is_tensor and not callable(value)
-        is_in_block = isinstance(value, torch.Tensor) and self.tracer.block()
-        if value is None or is_of_object or is_in_block:  # what may be another one later
+        is_in_block = isinstance(value, torch.Tensor) and self.tracer.note_block()
+        # None has a guard, another object may be assigned, and what is computed in a block of a
+        # grad mode belongs there: each is read here, and not where it is used.
+        if value is None or is_of_object or is_in_block:
             return self.tracer.record(getattr, self, name)
         return attribute
 
@@ -431,8 +485,9 @@ class _Recording:
         # As torch.fx's, which holds all that its caller holds until garbage is collected.
         caller = sys._getframe(1)
         operation, count = caller.f_code.co_code[caller.f_lasti :][:2]
-        is_unpacked = dis.opname[operation] == "UNPACK_SEQUENCE"  # a, b = x
-        if is_unpacked and not self.tracer.stands_for(self, Mapping):
+        if isinstance(self._value, Mapping):
+            return iter(self.keys())
+        if dis.opname[operation] == "UNPACK_SEQUENCE":  # a, b = x
             return iter([self[position] for position in range(count)])
         return self.tracer.iter(self)  # type: ignore[no-any-return]
 
@@ -451,14 +506,9 @@ class _Recording:
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.record(operator.contains, self, item))
 
-    def __str__(self) -> str:
-        return self.tracer.text(str, self)  # type: ignore[no-any-return]
-
-    def __repr__(self) -> str:
-        return self.tracer.text(repr, self)  # type: ignore[no-any-return]
-
-    def __format__(self, form: str) -> str:
-        return self.tracer.text(format, self, form)  # type: ignore[no-any-return]
+    __str__ = functools.partialmethod(_text, str)
+    __repr__ = functools.partialmethod(_text, repr)
+    __format__ = functools.partialmethod(_text, format)
 
     def __divmod__(self, other: Any) -> Any:
         return self.tracer.record(divmod, self, other)
@@ -467,63 +517,37 @@ class _Recording:
         return self.tracer.record(round, self, *digits)
 
     def __hash__(self) -> int:
-        if self.tracer.example is None or self.tracer.stands_for(self, torch.Tensor):
+        if self._value is NotImplemented or isinstance(self._value, torch.Tensor):
             return object.__hash__(self)
         self.tracer.hashed.append(weakref.ref(self))
         return hash(self.tracer.answer(self))
 
 
-class _Proxy(_Recording, fx.Proxy):
-    """The stand-in for the value of a node."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("node", "tracer", "_value"):
-            object.__setattr__(self, name, value)
-        else:
-            self.tracer.record(setattr, self, name, value)
-
-
-class _Attribute(_Recording, fx.proxy.Attribute):
+class _Attribute(fx.proxy.Attribute, _Proxy):
     """The stand-in for an attribute, such as ``x.T``; it may be called as a method."""
 
-    root: Any
-
-    @property
-    def _value(self) -> Any:
-        return self.tracer.compute(getattr, self.root, self.attr)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        is_asked = self.attr in ("get", "items", "keys", "values")
-        if not is_asked or not self.tracer.stands_for(self.root, Mapping):
-            return super().__call__(*args, **kwargs)
-        items = {key: self.root[key] for key in self.tracer.keys(self.root)}
-        return getattr(items, self.attr)(*args, **kwargs)
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
 
 
-def _in_place_operator(name: str) -> Callable[[Any, Any], Any]:
+def _operate(self: Any, name: str, other: Any) -> Any:
     """What ``+=`` and its like do: if exact work in place, else make a new value and note it."""
-    function = getattr(operator, f"i{name}")
-
-    def operate(self: Any, other: Any) -> Any:
-        if self.tracer.exact:
-            return self.tracer.create_proxy(
-                "call_function",
-                function,
-                (self, other),
-                {},
-                name,
-            )
-        proxy = getattr(operator, f"__{name}__")(self, other)
-        self.tracer.replaced.add(proxy.node)
-        return proxy
-
-    return operate
+    if self.tracer.exact:
+        return self.tracer.create_proxy(
+            "call_function",
+            getattr(operator, f"i{name}"),
+            (self, other),
+            {},
+            name,
+        )
+    proxy = getattr(operator, f"__{name}__")(self, other)
+    self.tracer.replaced.add(proxy.node)
+    return proxy
 
 
 # Without matmul, which torch does not do in place.
 _OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 for _operator in _OPERATORS:
-    setattr(_Recording, f"__i{_operator}__", _in_place_operator(_operator))
+    setattr(_Proxy, f"__i{_operator}__", functools.partialmethod(_operate, _operator))
 
 
 # ---- answers from an example
@@ -543,6 +567,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
     """
 
     _thread: int | None = None  # the one that traces
+    _writes = 0  # how many so far: what was asked before them is asked again
+    raised: Exception | None = None  # it ends the trace, also if the forward catches it
 
     def __init__(
         self, *args: Any, exact: bool = False, example_inputs: Any = None, **kwargs: Any
@@ -550,17 +576,15 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         super().__init__(*args, **kwargs)
         self.exact = exact
         self.example = _as_call(example_inputs)
-        self.given: dict[str, Any] = {}  # argument -> what the example gives
-        # Node -> a text that only equal numbers share, so that x.shape[0] == 3, asked twice, has
-        # one guard; "" for what is the same for all inputs.
-        self._formulas: dict[fx.Node, str] = {}
-        self._short: dict[str, str] = {}  # such a text -> the name of the first node that has it
-        self._writes = 0  # how many so far: what was asked before them is asked again
+        self.given: dict[str, Any] = {}  # argument -> its value for the example, or its default
+        # Node -> the name of the first node that has the same value for all inputs, so that
+        # x.shape[0] == 3, asked twice, has one guard; "" for what does not depend on the inputs.
+        self._same_as: dict[fx.Node, str] = {}
+        self._first: dict[str, str] = {}  # how a value is computed -> the first node of it
         self.containers: set[fx.Node] = set()  # the nodes of what is no tensor, and may be written
         self._guards: set[tuple[str, str]] = set()
         self.pending: list[Any] = []  # what has no guard yet: stand-in, value, the guard's message
         self.hashed: list[Any] = []  # weak references to what was looked up by its value
-        self.raised: Exception | None = None
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -568,8 +592,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """Make the placeholders, with an example for what it gives; see ``torch.fx.Tracer``."""
         if not is_module or (self.example is None and not self.exact):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
-        _, *parameters = inspect.signature(root_fn).parameters.values()
-        self._parameters = {parameter.name: parameter for parameter in parameters}
+        self._parameters = inspect.signature(root_fn).parameters
+        _, *parameters = self._parameters.values()
         args, kwargs = self.example or _default_call(parameters, concrete_args or {})
         names = [item.name for item in parameters if item.kind < item.VAR_POSITIONAL]
         names += [f"args_{position}" for position in range(len(names), len(args))]
@@ -642,10 +666,11 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         is_tensor = isinstance(value, torch.Tensor)
         if not is_tensor and type(value) not in _CONSTANTS:
             self.containers.add(node)
+        # Nobody takes its value yet: so of an opaque call it is believed that it writes.
         if _effects(self, node)[0]:  # type: ignore[arg-type]
             self._writes += 1
         formula = self._formula(node, is_tensor)
-        self._formulas[node] = formula and self._short.setdefault(formula, node.name)
+        self._same_as[node] = formula and self._first.setdefault(formula, node.name)
 
     def _formula(self, node: fx.Node, is_tensor: bool) -> str:
         if node.op == "get_attr":
@@ -653,25 +678,25 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if is_tensor or node.op in ("placeholder", "call_module"):
             return node.name
         taken = node.all_input_nodes
-        if any(self._formulas.get(argument) for argument in taken):
+        if any(map(self._same_as.get, taken)):
             arguments = map_arg((node.args, node.kwargs), self._formula_of)
             return f"{self._writes} {node.target}{arguments}"
         is_of_state = any(argument.op == "get_attr" for argument in taken)
         return node.name if is_of_state and node.target not in _METADATA else ""
 
     def _formula_of(self, node: fx.Node) -> str:
-        return self._formulas.get(node) or node.name
+        return self._same_as.get(node) or node.name
 
     def answer(self, stand_in: Any, function: Any = None) -> Any:
         """The value of a stand-in, or of a function of it, as a plain number, list or text."""
         self._check_asked()
         if function is not None:
             stand_in = self.record(function, stand_in)
-        value = self._asked(stand_in)
+        value = self.note_asked(stand_in)
         self.guard_pending()
         return value
 
-    def _asked(self, stand_in: Any) -> Any:
+    def note_asked(self, stand_in: Any) -> Any:
         """Its value, a tensor's as a number, which has to be the same for other inputs."""
         value = stand_in._value
         if isinstance(value, torch.Tensor):
@@ -679,53 +704,36 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self.pending.append((stand_in, value, _went(value)))
         return value
 
-    def text(self, write: Callable[..., str], stand_in: Any, *form: str) -> str:
-        """What str, repr or format makes of it: of one number, dtype or device its own text.
-
-        That may be looked up; the texts of shapes and tensors mostly are messages.
-        """
-        node = stand_in.node
-        if self.example is None:
-            return write(node, *form)
-        value = stand_in._value
-        if isinstance(value, (tuple, list, dict)) or getattr(value, "ndim", False):
-            return write(node, *form)
-        self._asked(stand_in)
-        return self.compute(write, stand_in, *form)  # type: ignore[no-any-return]
-
     def guard_pending(self) -> None:
         """See to it that what was asked is answered so for other inputs."""
         pending, self.pending = self.pending, []
         for stand_in, value, said in pending:
-            if self._is_open(stand_in, value):
+            if self._claim_guard(stand_in, value):
                 self.record(torch._assert, stand_in == value, said)
 
     def guard_none(self, stand_in: Any) -> None:
         """See to it that what is None for the example is so for other inputs."""
         node = stand_in.node
         source = node.args[0] if node.target is operator.getitem else node
-        if source is not node and source.op == "call_module":
+        if source.op == "call_module":
             leaf = self.root.get_submodule(str(source.target))
             if type(leaf).__module__.startswith("torch."):  # its arguments decide that
                 return
-        if self._is_open(stand_in, None):
-            is_none = self.record(operator.is_, stand_in, None)
-            self._guard(is_none, None)
+        self.answer(stand_in)
 
     def to_bool(self, obj: Any) -> bool:
         """The truth of a stand-in."""
         self._check_asked()
         value: bool = self.compute(bool, obj)
-        if self._is_open(obj, value):
+        if self._claim_guard(obj, value):
             condition = obj if value else self.record(operator.not_, obj)
-            self._guard(condition, value)
+            self.guard_pending()
+            self.record(torch._assert, condition, _went(value))
         return value
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """The items of a stand-in, each a stand-in."""
         self._check_asked()
-        if self.stands_for(obj, Mapping):
-            return iter(self.keys(obj))
         if not hasattr(obj._value, "__getitem__"):  # a set, or a generator
             obj = self.record(list, obj)
         return iter([obj[position] for position in range(len(obj))])
@@ -735,10 +743,6 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if self.example is None:
             return super().keys(obj)
         return self.answer(obj, list)
-
-    def stands_for(self, obj: Any, kind: type) -> bool:
-        """Whether the example's value is of a kind."""
-        return self.example is not None and isinstance(obj._value, kind)
 
     def leave_caches(self) -> None:
         """Clear functools' caches of stand-ins; in others they would break the eager model."""
@@ -762,10 +766,13 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         if self.example is None:
             raise fx.proxy.TraceError(_ASKED)
 
-    def _is_open(self, stand_in: Any, answer: Any) -> bool:
-        """Whether other inputs could be answered otherwise, and no guard sees to that yet."""
+    def _claim_guard(self, stand_in: Any, answer: Any) -> bool:
+        """Whether a guard has to be recorded now, since other inputs could be answered otherwise.
+
+        It is true once: with what is recorded then, the next such question needs none.
+        """
         node = stand_in.node
-        formula = self._formulas[node]
+        formula = self._same_as[node]
         if isinstance(stand_in._value, torch.Tensor):
             formula = f"{self._writes} {node.name}"  # also of parameters and buffers
         guard = formula, repr(answer)
@@ -774,25 +781,19 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._guards.add(guard)
         return True
 
-    def _guard(self, condition: Any, answer: Any) -> None:
-        self.guard_pending()
-        self.record(torch._assert, condition, _went(answer))
-
     def patch_questions(self, patcher: _Patcher) -> None:
         """Let Python's and torch's functions answer for stand-ins while the forward runs."""
         is_instance = isinstance
 
         def known(item: Any) -> Any:
-            if not is_instance(item, _Recording) or self._is_aside():
+            if not is_instance(item, _Proxy) or self._is_aside():
                 return item
             if not self._is_computed(item):
                 self.answer(item, _kind)
             return item._value
 
         def answer_isinstance(item: Any, kinds: Any) -> bool:
-            asking = sys._getframe(1).f_globals.get("__name__", "")
-            package, _, _ = asking.partition(".")
-            if asking != __name__ and package not in ("torch", "inspect"):
+            if _is_of_model(sys._getframe(1)):
                 item = known(item)
             return is_instance(item, kinds)
 
@@ -815,12 +816,12 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         )
 
     def _answer_check(self, check: Callable[..., Any], *arguments: Any) -> Any:
-        if self._is_aside() or _find_proxy(arguments) is None:
+        condition = _find_proxy(arguments)
+        if self._is_aside() or condition is None:
             return check(*arguments)
-        for item in arguments:
-            if isinstance(item, _Recording):
-                condition = item.all() if self.stands_for(item, torch.Tensor) else item
-                torch._assert(bool(condition), f"{check.__name__} fails for the example")
+        if isinstance(condition._value, torch.Tensor):
+            condition = condition.all()
+        torch._assert(bool(condition), f"{check.__name__} fails for the example")
         return None
 
     def _is_computed(self, stand_in: Any) -> bool:
@@ -828,7 +829,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         node = stand_in.node
         is_part = node.target in (getattr, operator.getitem)
         is_operation = node.op in ("call_function", "call_method") and not is_part
-        return is_operation and self.stands_for(stand_in, torch.Tensor)
+        return is_operation and isinstance(stand_in._value, torch.Tensor)
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Of a function one that is recorded where a stand-in is among its arguments."""
@@ -842,6 +843,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         return recorded
 
 
+_CONSTANTS = frozenset([bool, float, int, str, type(None)])
 # Arguments of these kinds decide which way a forward goes: while tracing they are constants.
 _DECIDING = (type(None), bool, str)
 # For C takes no stand-ins: these are recorded as calls where one is among their arguments.
@@ -861,9 +863,9 @@ _ASKED = "its control flow depends on its inputs"
 
 def _went(answer: Any) -> str:
     """What a guard says, of the line of the model that runs."""
-    path, line, _, text = _model_line(_frames_inside())
-    file = pathlib.Path(path).name
-    return f"forward went one way because ({text}) was {answer!r} ({file}, line {line})"
+    at = _model_line(_frames_inside())
+    file = pathlib.Path(at.filename).name
+    return f"forward went one way because ({at.line}) was {answer!r} ({file}, line {at.lineno})"
 
 
 def _kind(value: Any) -> str:
@@ -923,11 +925,10 @@ def _key_holders(item: Any) -> Iterator[Any]:
 
 def _example_of(item: Any) -> Any:
     """The value of a stand-in; anything else as it is."""
-    if isinstance(item, _Recording):
+    if isinstance(item, _Proxy):
         return item._value
     if isinstance(item, slice):
-        ends = item.start, item.stop, item.step
-        return slice(*map(_example_of, ends))
+        return map_aggregate(item, _example_of)
     return item
 
 
@@ -973,17 +974,16 @@ class NodePathTracer(_AnsweringTracer):
     ['input', '0', '1']
     """
 
+    current_module_qualname = ""
+    error: UntraceableError | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.node_to_qualname: dict[fx.Node, str] = {}
-        self.current_module_qualname = ""
-        self.error: UntraceableError | None = None
-        self.asked_mode = False
         self.returned: dict[str, _Feature] = {}
         self.losses: dict[str, tuple[int, str]] = {}
         self.replaced: set[fx.Node] = set()
         self.auto_leaves: dict[type[nn.Module], str] = {}
-        self._namer = _Namer()
         self._autowrapped = kwargs.get("autowrap_functions", ())
         self.proxy_buffer_attributes = self.exact or self.proxy_buffer_attributes
 
@@ -1007,13 +1007,11 @@ class NodePathTracer(_AnsweringTracer):
         self.root = root if isinstance(root, nn.Module) else nn.Module()
         self._thread = threading.get_ident()
         self._outer_autocast = _autocast_depth()
-        self._outer_grad = torch.is_grad_enabled()
-        self._enabling: list[bool] = []
+        self._enabling = 0  # how many blocks that enable gradients the forward is in
         parameters = self.root.named_parameters()
         self._parameter_paths = {id(parameter): path for path, parameter in parameters}
         self.watch = _Watch(self)
-        if self.exact:
-            self._namer = _Namer(self.paths)
+        self._namer = _Namer(self.paths if self.exact else ())
         if self.example:
             if any(map(nn.parameter.is_lazy, self.root.parameters())):
                 raise fx.proxy.TraceError("it has lazy modules: call it once before")
@@ -1022,7 +1020,8 @@ class NodePathTracer(_AnsweringTracer):
             for parameter in self.root.parameters():
                 self.watch.memories.append((parameter, parameter.data))
         undo = contextlib.ExitStack()
-        with undo, self._noting_mode(), self.watch, _Patcher() as patcher:
+        grad = torch.enable_grad()  # so that a block that switches them off shows
+        with undo, grad, self._noting_mode(), self.watch, _Patcher() as patcher:
             undo.callback(self.watch.put_back)
             for block in (torch.enable_grad, torch.set_grad_enabled):
                 for name in ("__enter__", "__exit__"):
@@ -1046,7 +1045,7 @@ class NodePathTracer(_AnsweringTracer):
         """Record the call of a leaf module, or trace through the module with its path as scope."""
         if self._is_aside():
             return forward(*args, **kwargs)
-        self.block()  # before the scope changes: a block here is the caller's
+        self.note_block()  # before the scope changes: a block here is the caller's
         try:
             path = self.path_of_module(m)
         except NameError:  # a module that is not part of the model is traced through
@@ -1055,21 +1054,18 @@ class NodePathTracer(_AnsweringTracer):
         self.current_module_qualname = path
         try:
             if self.is_leaf_module(m, path):
-                value = self.create_proxy("call_module", path, args, kwargs)
-                calls = (node for node in reversed(self.node_to_qualname) if node.target == path)
-                name = self.node_to_qualname[next(calls)]
-            else:
-                buffers = {**m._buffers}
-                value = forward(*args, **kwargs)
-                name = self._namer.name(path) if self.exact else path
-                self._check_buffers(m, buffers)
+                return self.create_proxy("call_module", path, args, kwargs)
+            buffers = {**m._buffers}
+            value = forward(*args, **kwargs)
+            name = self._namer.name(path) if self.exact else path
+            self._check_buffers(m, buffers)
         except Exception as error:
             vars(error).setdefault("featx_module", (path, type(m)))  # the innermost wins
             raise
         finally:
             self.current_module_qualname = outer
         if type(m).__call__ is nn.Module.__call__:  # else that decides what is returned
-            self._note_returned(name if self.exact else path, value)
+            self._note_returned(name, value)
         return value
 
     def _note_returned(self, name: str, value: Any) -> None:
@@ -1104,24 +1100,27 @@ class NodePathTracer(_AnsweringTracer):
 
         Gives the stand-in for its value, or None where the example's value is None.
         """
-        block = self.block()
+        block = self.note_block()
         kind, target, values, *_ = args
         if target is torch._assert:  # what its message says decides nothing
             message = str(values[1:])
             self.pending = [item for item in self.pending if str(item[1]) not in message]
         elif target not in (*_METADATA, operator.getitem):  # of which a message is made
             self.guard_pending()
-        if kind == "placeholder" and values and isinstance(values[0], torch.Tensor):
-            raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
-        value = self.evaluate(*args[:4]) if self.example else NotImplemented
+        value = NotImplemented  # which no example gives
+        if self.example:
+            value = self.evaluate(*args[:4])
         proxy = super().create_proxy(*args, **kwargs)
         node = proxy.node
         if self.example:
             self.note_value(proxy, value)
-        for tensor in values[:1]:  # the operation's first argument
-            if isinstance(tensor, torch.Tensor) and _is_in_place(node):
-                self.watch.note_written(node, tensor)
+        for first in values[:1]:  # the operation's first argument, or the default of an argument
+            is_tensor = isinstance(first, torch.Tensor)
+            if is_tensor and kind == "placeholder":
+                raise fx.proxy.TraceError(f"its argument {target!r} has a tensor as default")
+            if is_tensor and _is_in_place(node):
+                self.watch.note_written(node, first)
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
         own = None if node.op == "call_module" else node.name
@@ -1129,22 +1128,25 @@ class NodePathTracer(_AnsweringTracer):
             node.meta["featx_block"] = block
         name = self._namer.name(self.current_module_qualname, own)
         self.node_to_qualname[node] = name
+        if own is None:
+            self._note_returned(name if self.exact else target, proxy)
         if value is not None or kind == "placeholder":
             return proxy
         if target not in (torch._assert, operator.setitem, setattr):
             self.guard_none(proxy)
         return None
 
-    def block(self) -> str:
-        """The code of the grad mode in which an operation is recorded, if exact; else it is lost.
+    def note_block(self) -> str:
+        """Note what is lost of the block in which an operation is recorded.
 
-        Autocast is lost in any case, which raises an error if exact.
+        Gives the code of its grad mode if exact, else "": by default that is lost. Autocast always
+        is, which raises an error if exact.
         """
         if _autocast_depth() != self._outer_autocast:
             self.lose(_AUTOCAST)
-        if self._outer_grad and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             block = "torch.no_grad()"
-        elif any(self._enabling):
+        elif self._enabling:
             block = "torch.enable_grad()"
         else:
             return ""
@@ -1160,12 +1162,9 @@ class NodePathTracer(_AnsweringTracer):
         """
 
         def noting(block: Any, *arguments: Any) -> Any:
-            if self._is_aside():
-                pass
-            elif arguments:  # it leaves
-                self._enabling.pop()
-            else:
-                self._enabling.append(getattr(block, "mode", True))
+            if not self._is_aside():
+                step = -1 if arguments else 1  # it leaves, or enters
+                self._enabling += step * getattr(block, "mode", True)
             return method(block, *arguments)
 
         return noting
@@ -1187,10 +1186,9 @@ class NodePathTracer(_AnsweringTracer):
             return _DTYPES[a]
         if kind.__module__ == "numpy" and a.ndim == 0:  # of which code could not be made
             return a.item()
-        if isinstance(a, torch.Tensor):
-            self.watch.taken[id(a)] = a
-            if a.grad_fn is not None or self.watch.is_of_example(a):
-                self.lose(_EARLIER)
+        is_grown = isinstance(a, torch.Tensor) and a.grad_fn is not None
+        if is_grown or self.watch.is_of_example(a):
+            self.lose(_EARLIER)
         try:
             return super().create_arg(a)
         except NotImplementedError as error:
@@ -1217,12 +1215,12 @@ class NodePathTracer(_AnsweringTracer):
         """See whether the forward of a module assigned to one of its buffers."""
         for name, buffer in before.items():
             value = module._buffers.get(name)
+            if getattr(value, "_value", value) is buffer:  # of a stand-in what its to() gave back
+                continue
             node = getattr(value, "node", None)
             while node and node.args and _is_in_place(node):  # self.n += 1 works on the buffer
                 node = node.args[0]
-            is_same = node.op == "get_attr" if node else value is buffer
-            is_same |= getattr(value, "_value", None) is buffer  # which its to() gave back
-            if not is_same:
+            if node is None or node.op != "get_attr":
                 self.lose(_ASSIGNED, 0)
 
     @contextlib.contextmanager
@@ -1264,7 +1262,6 @@ class NodePathTracer(_AnsweringTracer):
             self.lose(_AROUND, 0)
 
 
-_CONSTANTS = frozenset([bool, float, int, str, type(None)])
 _DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _NUMBERS = {"float": float, "int": int, "bool": bool}  # what TorchScript needs to know
 
@@ -1307,10 +1304,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     computed for the example. What that writes into the model or into constants is undone.
 
     Attributes:
-        watched: by id the tensors of which the forward should compute nothing: buffers, views of
-            them, and constants that a node writes into.
-        views, written: the ids of the views, and of what nodes write into, among them.
-        taken: by id the tensors that nodes take as constants.
+        watched: by id buffers and views of them, of which the forward should compute nothing.
+        written: the ids of tensors that nodes write into, of which it should not either.
         computed: by id what was computed for the example in memory of its own, while it lives.
         kept: by id tensors that are written into, with what they were.
         memories: parameters, with the tensors that were their data.
@@ -1320,9 +1315,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.watched = {id(buffer): buffer for buffer in tracer.root.buffers()}
-        self.views: set[int] = set()
         self.written: set[int] = set()
-        self.taken: dict[int, torch.Tensor] = {}
         self.computed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.memories: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -1331,17 +1324,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False  # True, the default, imports torch._dynamo
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Any = (),
-        kwargs: Any = None,
-    ) -> Any:
-        # Foreign is what the example's values do not own: the model's, and constants.
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Foreign is memory of the model or of a constant where a value of the example is computed:
+        # what is written there is put back.
         arguments, _ = tree_flatten((args, kwargs))
-        first = next(iter(arguments), None)  # into which it writes, if it does
-        is_aside = self.tracer._is_aside()  # it is computed for the example
+        first = next(iter(arguments), None)  # mostly, into this one it writes
+        is_aside = self.tracer._is_aside()
         is_foreign = is_aside and not self.is_of_example(first)
         if func._schema.is_mutable and (is_foreign or id(first) in self.watched):
             self.keep(first)
@@ -1360,26 +1348,25 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.lose(_RANDOM)
         found = [item for item in arguments if id(item) in self.watched]
-        is_written = any(id(item) in self.written for item in found)
+        is_written = any(id(item) in self.written for item in arguments)
         if func._schema.is_mutable:
-            target = id(arguments[0])
-            if target in self.watched or target in self.taken:
+            target = arguments[0]
+            if id(target) in self.watched or target in self.tracer.tensor_attrs:
                 self.tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
                 return
         elif found and is_view and not is_written:
             for view in tree_flatten(value)[0]:
                 self.watched[id(view)] = view
-                self.views.add(id(view))
             return
-        if is_written or any(map(_is_no_integer, found)):
+        is_no_integer = any(item.is_floating_point() or item.is_complex() for item in found)
+        if is_written or is_no_integer:  # of integers, as indices and masks, constants are made
             self.tracer.lose(_BUFFERS)
 
     def note_written(self, node: fx.Node, tensor: torch.Tensor) -> None:
         """A node writes into a tensor that is no proxy: what is computed from it is out of date."""
-        is_view = id(tensor) in self.views or tensor._base is not None
+        is_view = id(tensor) in self.watched or tensor._base is not None
         if is_view and _is_constant(node.all_input_nodes[0]):
             self.tracer.lose(_ASSIGNED, 0)
-        self.watched[id(tensor)] = tensor
         self.written.add(id(tensor))
 
     def is_of_example(self, tensor: Any) -> bool:
@@ -1400,11 +1387,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parameter.data = memory
 
 
-def _is_no_integer(tensor: torch.Tensor) -> bool:
-    """Of integers, as of indices and masks, constants are made."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _autocast_depth() -> int:
     """How deep in blocks of autocast this thread is."""
     torch.autocast_increment_nesting()
@@ -1412,12 +1394,6 @@ def _autocast_depth() -> int:
 
 
 # ---- tracing both modes
-
-
-def _tracer_arguments(given: Any, exact: bool, example_inputs: Any) -> dict[str, Any]:
-    """The arguments of a tracer; what ``tracer_kwargs`` has of these goes before."""
-    own = {"exact": exact, "example_inputs": example_inputs}
-    return {**own, **_set_default_tracer_kwargs(given)}
 
 
 def _trace_both(
@@ -1491,7 +1467,7 @@ def _trace(
     tracer = NodePathTracer(**arguments)
     try:
         _set_mode(model, mode)
-        with torch.enable_grad(), _same_random_numbers():
+        with _unchanged_random_state():
             tracer.trace(model, concrete_args)
         return tracer
     except Exception as error:
@@ -1530,12 +1506,11 @@ def _first_difference(
 ) -> str:
     """Where a model and its graph differ: in a module with one of the paths, or in the output."""
     traced = DualGraphModule(model, tracer.graph, tracer.graph)
-    values: list[list[tuple[str, Any]]] = [[], []]
-    calls = (
-        (model, tracer.example),
-        (traced, ((), tracer.given)),
-    )
-    for seen, (module, arguments) in zip(values, calls):
+    values: list[list[tuple[str, Any]]] = []
+    calls = {model: tracer.example, traced: ((), tracer.given)}
+    for module, arguments in calls.items():
+        seen: list[tuple[str, Any]] = []
+        values.append(seen)
         args, kwargs = tree_map(_copied, arguments)
         with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as undo:
             undo.callback(tracer.watch.put_back)
@@ -1625,9 +1600,10 @@ def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
     return False
 
 
-def _set_default_tracer_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _set_default_tracer_kwargs(given: Mapping[str, Any] | None, **own: Any) -> dict[str, Any]:
     """The caller's ``tracer_kwargs`` with the defaults added; the caller's are not written to.
 
+    What they have of featx's ``own`` arguments goes before.
     Programs written for torchvision's file import this name, and the next.
     """
     ops = sys.modules.get("torchvision.ops")
@@ -1636,7 +1612,7 @@ def _set_default_tracer_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any
         "leaf_modules": _get_leaf_modules_for_ops(),
         "non_leaf_modules": [],
     }
-    arguments = {**(given or {})}
+    arguments = {**own, **(given or {})}
     for name, default in defaults.items():
         added: Any = arguments.get(name, ())
         if not isinstance(added, Iterable):
@@ -1652,30 +1628,6 @@ def _get_leaf_modules_for_ops() -> list[type[nn.Module]]:
         return []
     classes = filter(inspect.isclass, vars(ops).values())
     return [cls for cls in classes if issubclass(cls, nn.Module)]
-
-
-def _frames_inside() -> Iterator[tuple[Any, int]]:
-    """The frames of a forward that is traced, innermost first."""
-    code = NodePathTracer.trace.__code__  # what called it is no line of the model's
-    frames = traceback.walk_stack(sys._getframe(1))
-    return itertools.takewhile(lambda at: at[0].f_code is not code, frames)
-
-
-def _model_line(frames: Iterable[tuple[Any, int]]) -> tuple[str, int, str, str]:
-    """The first line outside of torch and this file: its file, number, function and text."""
-    for frame, line in frames:
-        module = frame.f_globals.get("__name__", "")
-        if module != __name__ and module.split(".")[0] != "torch":
-            code = frame.f_code
-            text = linecache.getline(code.co_filename, line)
-            return code.co_filename, line, code.co_name, text.strip()
-    return "", 0, "", ""
-
-
-def _source_line(frames: Iterable[tuple[Any, int]]) -> str:
-    """Where in the model's source something is."""
-    path, line, function, text = _model_line(frames)
-    return f'\n  File "{path}", line {line}, in {function}\n    {text}' if path else ""
 
 
 # ---- names
@@ -1779,48 +1731,37 @@ def _as_mapping(queries: Any) -> dict[str, str]:
 
 
 def _find_features(
-    tracers: dict[str, NodePathTracer], mode: str, queries: Iterable[str]
+    tracers: dict[str, NodePathTracer], mode: str, queries: Mapping[str, str]
 ) -> dict[str, _Feature]:
     """The value of each query, in execution order."""
     tracer = tracers[mode]
     answers = _answers(tracer)
-    # Of what is read after one node, the order is that of the answers.
-    order = {query: position for position, query in enumerate(answers)}
-    features: dict[str, _Feature] = {}
-    for query in sorted(queries, key=lambda asked: order.get(asked, -1)):
-        if query in answers:
-            features[query] = answers[query]
-        elif query == "output" or tracer.error:
-            *_, output = tracer.graph.nodes
-            returned, *_ = output.args
-            features[query] = _Feature(returned, tracer.places[output])
-        else:
+    *_, output = tracer.graph.nodes
+    returned, *_ = output.args
+    whole = _Feature(returned, tracer.places[output])
+    known = {**answers}
+    # A graph that only raises an error has no names, and does it for each query.
+    for query in queries if tracer.error else ["output"]:
+        known.setdefault(query, whole)
+    for query in queries:
+        if query not in known:
             hint = _hint(tracers, mode, query)
             raise NodeNameError(query, mode, _suggestions(answers, query), hint)
-    in_order = sorted(features.items(), key=lambda item: item[1].after)
-    return dict(in_order)
+    # Of what is read after one node, the order is that of the answers.
+    features = [(query, known[query]) for query in known if query in queries]
+    return dict(sorted(features, key=lambda item: item[1].after))
 
 
 def _answers(tracer: NodePathTracer) -> dict[str, _Feature]:
     """All queries that have a value, and their values."""
-    features = [_Feature(node, tracer.places[node]) for node in tracer.node_to_qualname]
+    answers = {}
+    for node, name in tracer.node_to_qualname.items():
+        feature = _Feature(node, tracer.places[node])
+        for query in [name] if tracer.exact else _prefixes(name):
+            answers[query] = feature  # that of the last name which equals it or lies below
     if tracer.exact:
-        return {**dict(zip(tracer.names, features)), **tracer.returned}
-    selected = _select(tracer.names)
-    return {query: features[position] for query, position in selected.items()}
-
-
-def _select(names: Iterable[str]) -> dict[str, int]:
-    """Each query that matches names -> the position of the last name that equals it or lies below.
-
-    >>> _select(["a.b", "a.c"])
-    {'a': 1, 'a.b': 0, 'a.c': 1}
-    """
-    last = {}
-    for position, name in enumerate(names):
-        for query in _prefixes(name):
-            last[query] = position
-    return last
+        answers.update(tracer.returned)
+    return answers
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -1830,7 +1771,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def _suggestions(answers: Iterable[str], query: str) -> list[str]:
     """The three closest of the queries that have a value, best first."""
-    return difflib.get_close_matches(query, list(answers))
+    return difflib.get_close_matches(query, answers)
 
 
 def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
@@ -1838,20 +1779,18 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     tracer = tracers[mode]
     other = "eval" if mode == "train" else "train"
     if query in _answers(tracers[other]):
-        both = "train_return_nodes and eval_return_nodes"
-        return f"It is in the {other} graph only: pass {both}."
+        return f"It is in the {other} graph only: pass train_return_nodes and eval_return_nodes."
     leaves = _leaf_paths(tracer)
     if query in leaves:
         return "Its call has another name; exact=True gives what it returned."
     for path in leaves.keys() & _prefixes(query):
-        leaf = type(operator.attrgetter(path)(tracer.root))
+        leaf = type(tracer.root.get_submodule(path))
         remedy = f"tracer_kwargs={{'non_leaf_modules': [{_class_path(leaf)}]}} opens it."
-        reason = tracer.auto_leaves.get(leaf)
-        if reason is not None:
-            remedy = f"auto_leaf=True made it a leaf: {reason}"
+        if leaf in tracer.auto_leaves:
+            remedy = f"auto_leaf=True made it a leaf: {tracer.auto_leaves[leaf]}"
         return f"It lies inside the leaf module {path!r} ({_class_path(leaf)}); {remedy}"
     if query in tracer.paths:
-        path = tracer.path_of_module(operator.attrgetter(query)(tracer.root))
+        path = tracer.path_of_module(tracer.root.get_submodule(query))
         if path != query:
             return f"It is the module {path!r}; a second call of that is {path + '_1'!r}."
         return f"It is a module that is not called in {mode} mode, or returns what no graph holds."
@@ -1889,7 +1828,7 @@ def _make_plan(tracer: NodePathTracer, features: dict[str, _Feature], training: 
         reads[after].update(_nodes_in(value))
     stays, missed = _staying(operations, reads)
     for node in stays:
-        if operations[node].kind == "constant":  # so that it shows whether it is written into
+        if operations[node].kind == "constant":  # _cut clones it if it is written into later
             reads[tracer.places[node]].add(node)
     overwritten, alone = _overwritten(operations, stays, reads)
     return _Plan(stays, missed, overwritten, alone)
@@ -1908,11 +1847,10 @@ def _join(
     node: fx.Node,
     views: Iterable[fx.Node],
 ) -> None:
-    """From now on a value shares memory with others; ``memory`` has the one of each value."""
+    """From now on a value shares memory with others; ``memory`` is value -> its memory."""
     for viewed in views:
         both = memory[node], memory[viewed]
-        by_size = sorted(both, key=lambda shared: len(shared.values))
-        small, large = by_size
+        small, large = sorted(both, key=lambda shared: len(shared.values))
         if small is not large:
             large.values += small.values
             large.reads += small.reads
@@ -1934,33 +1872,32 @@ def _staying(
     for node, operation in operations.items():  # whatever stays
         _join(memory, node, operation.views)
     end = max(reads, default=-1)
-    needed: set[fx.Node] = set()
+    stays: set[fx.Node] = set()
     # The memories that are read later; the next call reads the model's state.
     live = {memory[node] for node in operations if operations[node].kind == "get_attr"}
     changing: set[_Memory] = set()  # the memories that are written into later
 
-    def read(values: Iterable[fx.Node]) -> None:
-        needed.update(values)
+    def require(values: Iterable[fx.Node]) -> None:
+        stays.update(values)
         live.update(memory[value] for value in values)
 
-    stays = set()
     missed = None
     for position, node in reversed([*enumerate(operations)]):
         inputs, writes, _, kind = operations[node]
         if position > end and kind != "placeholder":
             continue
-        read(reads.get(position, ()))
+        require(reads.get(position, ()))
         changing.update(memory[written] for written in writes)
         if kind == "replaced":
             shared = memory[inputs[0]]
-            if shared in live or (shared in changing and node in needed):
+            if shared in live or (shared in changing and node in stays):
                 missed = node
             changing.add(shared)
         is_kept = kind in ("placeholder", "assert")
         is_live = any(memory[written] in live for written in writes)
-        if is_kept or is_live or node in needed:
+        if is_kept or is_live or node in stays:
             stays.add(node)
-            read(inputs)
+            require(inputs)
     return stays, missed
 
 
@@ -2007,8 +1944,8 @@ def _cut(
         if tracer.exact or _is_constant(node):
             cloned[after].append(node)
     graph = fx.Graph()
-    current: dict[fx.Node, fx.Node] = {}  # what stands for a node from here on
-    taken: dict[tuple[fx.Node, int], fx.Node] = {}  # what a feature takes in place of that
+    current: dict[fx.Node, fx.Node] = {}  # node -> what the operations that follow take for it
+    taken: dict[tuple[fx.Node, int], fx.Node] = {}  # a read -> what the feature takes instead
     renewed: dict[Any, fx.Node] = {}  # the path of a constant -> its clone
     for node in tracer.places:
         if node.op == "placeholder":
@@ -2147,9 +2084,8 @@ def _function_effects(
     library = str(getattr(target, "__module__", None) or "torch").split(".")[0]
     is_of_tensor = hasattr(torch.Tensor, name) and containers.isdisjoint(first)
     is_unknown = isinstance(target, str) and not is_of_tensor
-    if target is _kind:
-        return [], []
-    if target is getattr and node.args[1] == "shape":
+    is_shape = target is getattr and node.args[1] == "shape"
+    if is_shape or target is _kind:
         return [], []
     if "out" in node.kwargs:
         written = _nodes_in(node.kwargs["out"])
@@ -2194,12 +2130,11 @@ def _declared(operator_name: str) -> tuple[bool, bool]:
     A schema such as ``aten::relu_(Tensor(a!) self) -> Tensor(a!)`` marks what is written with "!".
     """
     schemas = torch._C._jit_get_schemas_for_operator(operator_name)
-    arguments = []
-    for schema in schemas:  # what follows "*" is given by keyword; out= is looked at by name
-        positional, *_ = re.split(r"\*,|\) -> ", str(schema))
-        arguments.append(positional)
+    lines = "\n".join(map(str, schemas))
+    # What follows "*" is given by keyword; out= is looked at by name.
+    positional = re.sub(r"(\*,|\) -> ).*", "", lines)
     # Of "Tensor[](a!) self" the list itself is written to.
-    marks = re.findall(r"[( ]Tensor\(\w+(!?)", "".join(arguments))
+    marks = re.findall(r"[( ]Tensor\(\w+(!?)", positional)
     return "!" in marks, bool(marks) or not schemas
 
 
@@ -2222,12 +2157,11 @@ def _find_flaws(
     losses: dict[str, str] = {}
     for mode, plan in plans.items():
         tracer = tracers[mode]
-        for query, text in _feature_flaws(tracer, features[mode], plan):
+        asked = features[mode]
+        for query, text in _feature_flaws(tracer, asked, plan):
             flaws[query][text] = None
-        ends = [feature.after for feature in features[mode].values()]
-        last = max(ends, default=-1)
         for kind, (position, text) in tracer.losses.items():
-            if position <= last:
+            if any(position <= feature.after for feature in asked.values()):
                 losses.setdefault(kind, text)
         if plan.missed is not None:
             text = f"{_described(tracer, plan.missed)} {_NOT_IN_PLACE}; exact=True works in place"
@@ -2315,7 +2249,7 @@ def _warn(message: str) -> None:
 
 
 def _graph_property(name: str) -> Any:
-    """The graph of a mode: until somebody asks, it is packed, or one graph serves both modes."""
+    """The graph of a mode. Until somebody asks for it, a copy's is packed, or serves both modes."""
 
     def get(self: DualGraphModule) -> Any:
         graphs = vars(self)
@@ -2366,8 +2300,10 @@ class DualGraphModule(fx.GraphModule):
         # fx.GraphModule's own __init__ knows one graph; what it sets up is set up here.
         nn.Module.__init__(self)
         type(self).__name__ = class_name
-        for node in dict.fromkeys([*_fetching(train_graph), *_fetching(eval_graph)]):
-            _copy_attr(root, self, str(node.target))
+        for graph in dict.fromkeys([train_graph, eval_graph]):
+            for node in _fetching(graph):
+                _copy_attr(root, self, str(node.target))
+            graph.owning_module = self  # once: torch 1.13 counts
         for path, module in self.named_modules():
             if type(module) in (nn.Module, type(self)):  # made here; the others are shared
                 source = root.get_submodule(path)
@@ -2376,8 +2312,6 @@ class DualGraphModule(fx.GraphModule):
                 module._non_persistent_buffers_set |= made | source._non_persistent_buffers_set
         # By the dict, since a module of the model may have the name "meta".
         vars(self).update(_train_graph=train_graph, _eval_graph=eval_graph, meta={})
-        for graph in {train_graph, eval_graph}:
-            graph.owning_module = self  # once: torch 1.13 counts
         self.recompile()
 
     train_graph = _graph_property("_train_graph")
@@ -2412,10 +2346,9 @@ class DualGraphModule(fx.GraphModule):
         if train != evaluation:
             methods = {"_featx_train": train, "_featx_eval": evaluation}
             methods["forward"] = _dispatcher(self.train_graph, train)
-        self._methods = _Methods()
-        for name, code in methods.items():
-            self._methods[name] = _compiled(name, code)
-            setattr(type(self), name, self._methods[name])
+        self._methods = _Methods(itertools.starmap(_compiled, methods.items()))
+        for method in self._methods:
+            setattr(type(self), method.__name__, method)
         return train if self.training else evaluation
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -2445,8 +2378,8 @@ class DualGraphModule(fx.GraphModule):
         type(self).__name__ = vars(self).pop("class_name")
         if not self._methods:
             self.recompile()
-        for name, method in self._methods.items():
-            setattr(type(self), name, method)
+        for method in self._methods:
+            setattr(type(self), method.__name__, method)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each instance has a class of its own; below it is the real one.
@@ -2549,39 +2482,36 @@ _file_numbers = itertools.count()
 def _compiled(name: str, code: _Code) -> Any:
     """Code as a method; while it is in use, tracebacks find the source that is shown."""
     filename = f"<featx {next(_file_numbers)}>"
-    shown = code.src.replace("def forward(", f"def {name}(", 1)
-    run = code.run.replace("def forward(", f"def {name}(", 1)
-    lines = shown.splitlines(keepends=True)
-    linecache.cache[filename] = (len(shown), None, lines, filename)
+    lines = code.src.splitlines(keepends=True)
+    linecache.cache[filename] = (len(code.src), None, lines, filename)
     namespace = dict(code.globals)
-    exec(compile(run, filename, "exec", dont_inherit=True), namespace)
-    method = namespace[name]
+    exec(compile(code.run, filename, "exec", dont_inherit=True), namespace)
+    method = namespace["forward"]
+    method.__name__ = name  # by which TorchScript calls it
     weakref.finalize(method, linecache.cache.pop, filename, None)
     return method
 
 
-class _Methods(Dict[str, Any]):
-    """The compiled methods of a module: its copies share them, its pickles have none."""
+class _Shared(tuple):  # type: ignore[type-arg]
+    """What copies share, since nothing changes it."""
 
-    def __copy__(self) -> _Methods:
+    def __deepcopy__(self, memo: Any) -> _Shared:
         return self
 
-    def __deepcopy__(self, memo: Any) -> _Methods:
-        return self
+
+class _Methods(_Shared):
+    """The compiled methods of a module; its pickles have none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Methods, ()
 
 
+class _Packed(_Shared):
+    """A graph as plain data that can be pickled."""
+
+
 class _Reference(str):
     """Stands in a packed graph for the node of this name, or for what torch has under it."""
-
-
-class _Packed(tuple):  # type: ignore[type-arg]
-    """A graph as plain data that can be pickled; copies share it, since nothing changes it."""
-
-    def __deepcopy__(self, memo: Any) -> _Packed:
-        return self
 
 
 def _pack(graph: fx.Graph) -> _Packed:
@@ -2650,13 +2580,15 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[..., None]]:
             f"{type(model).__name__} holds compiled code:"
             " hand in the module that it was made from (_orig_mod)"
         )
-    with _tracing, _same_random_numbers(), contextlib.ExitStack() as undo:
+    with _tracing, _unchanged_random_state():
         restore = _snapshot(model)
-        undo.callback(restore)
-        yield restore
+        try:
+            yield restore
+        finally:
+            restore()
 
 
-def _same_random_numbers() -> Any:
+def _unchanged_random_state() -> Any:
     """Leave the random state of the CPU and, where it is in use, of CUDA as it was."""
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if in_use else ()
@@ -2695,9 +2627,11 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
                     if not isinstance(container[name], keep):
                         del container[name]
 
+    kinds: set[type] = set()
     for module, _ in modes:
         note(vars(module))
-    for kind in {kind for module, _ in modes for kind in type(module).__mro__}:
+        kinds.update(type(module).__mro__)
+    for kind in kinds:
         note([*vars(kind).values()])
     return restore
 
@@ -2767,18 +2701,18 @@ def _show(message: Warning | str, *_: Any) -> None:
     if said:
         _notes[said[1]] += f"{said[2]}. "
     else:
-        print("featx: warning:", *str(message).split(), file=sys.stderr)
+        print("featx: warning:", *str(message).split())  # to stderr, as all that _run prints
 
 
 @torch.no_grad()
 def _run(options: argparse.Namespace) -> str:
     """What is to be printed."""
-    expected: dict[str, Any] = {}
+    model = _model(options)
+    recorded = "model exact input image".split()
     if options.check is not None:
         expected = json.loads(pathlib.Path(options.check).read_bytes())
-    for name in expected.keys() & {"exact", "input", "image"}:  # as when it was written
-        setattr(options, name, expected[name])
-    model = _model(options)
+        for name in expected.keys() & recorded:  # as when it was written
+            setattr(options, name, expected[name])
     given = _input(options)
     settings = {
         "suppress_diff_warning": True,
@@ -2789,27 +2723,22 @@ def _run(options: argparse.Namespace) -> str:
     names = get_graph_node_names(model, **settings)
     queries = _queries(names, options)
     modes = (queries, ()) if options.train else ((), queries)
-    extractor = create_feature_extractor(
-        model,
-        None,
-        *modes,
-        **settings,
-    )
+    extractor = create_feature_extractor(model, None, *modes, **settings)
     values = {} if given is None else extractor(given)
     if options.plot:
         _plot(values, options.plot)
     rows = [*_rows(extractor, queries, values)]
-    found: dict[str, Any] = {
-        "model": options.model,
-        "exact": options.exact,
-        "input": options.input,
-        "image": options.image,
-        **names._asdict(),
-    }
+    found = {name: vars(options)[name] for name in recorded}
+    found.update(names._asdict())
     if given is not None:
         found["shapes"] = [f"{row['name']} {row.get('shape')}" for row in rows]
     if options.check is not None:
-        return _differences(expected, found, options.check)
+        lines: list[str] = []
+        for part in ("train", "eval", *expected.keys() & {"shapes"}):
+            lines += difflib.unified_diff(
+                expected[part], found[part], options.check, part, lineterm=""
+            )
+        return "\n".join(lines)
     if options.json:
         return json.dumps(rows if options.queries else found, indent=1)
     return _table(rows)
@@ -2828,20 +2757,6 @@ def _model(options: argparse.Namespace) -> nn.Module:
         )
         model.load_state_dict(state)
     return model.to(options.device).train(options.train)
-
-
-def _differences(expected: Any, found: Any, path: str) -> str:
-    """How the names of each mode differ from those in a file, and the shapes if it has them."""
-    lines: list[str] = []
-    for part in ("train", "eval", *expected.keys() & {"shapes"}):
-        lines += difflib.unified_diff(
-            expected[part],
-            found[part],
-            path,
-            part,
-            lineterm="",
-        )
-    return "\n".join(lines)
 
 
 def _queries(names: NodeNames, options: argparse.Namespace) -> dict[str, str]:
@@ -2902,8 +2817,6 @@ def _rows(
         value: Any = values.get(key)
         row: dict[str, Any] = {"name": key}
         with contextlib.suppress(AttributeError, RuntimeError):
-            if node.target is _clone:  # of what is meant
-                node = node.args[0]
             row["operation"] = node.op
             row["target"] = node._pretty_print_target(node.target)
             if node.op == "call_module":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
 
 import pytest
@@ -98,10 +99,13 @@ def traced(model: nn.Module, buffers: bool = False, **options: Any) -> tuple[Any
 
 
 @contextlib.contextmanager
-def both_traced(model: nn.Module, example: Any = None) -> Iterator[dict[str, Any]]:
+def both_traced(
+    model: nn.Module, example: Any = None, exact: bool = False, tracer_kwargs: Any = None
+) -> Iterator[dict[str, Any]]:
     """The tracers of both modes; what the model holds of the graphs stays until the end of the block."""
+    arguments = featx._set_default_tracer_kwargs(tracer_kwargs, exact=exact, example_inputs=example)
     with featx._unchanged(model) as restore:
-        yield featx._trace_both(model, restore, featx._tracer_arguments(None, False, example), None, False)
+        yield featx._trace_both(model, restore, arguments, None, False)
 
 
 @contextlib.contextmanager
@@ -123,7 +127,9 @@ def without_number(name: str) -> str:
 
 
 def select(names: list[str]) -> dict[str, int]:
-    return featx._select(names)
+    places = range(len(names))
+    tracer = SimpleNamespace(node_to_qualname=dict(enumerate(names)), places=places, exact=False)
+    return {query: feature.value for query, feature in featx._answers(tracer).items()}
 
 
 def operations_of(tracer: Any, mode: str) -> dict[fx.Node, Any]:

@@ -393,6 +393,14 @@ def test_a_buffer_that_is_assigned_is_said_refused_or_right() -> None:
         assert equal(right(X)["output"], reference(X))
 
 
+def test_an_empty_buffer_that_is_assigned_is_said_or_refused() -> None:
+    model = around("self.table = torch.ones(4); return x * self.table")
+    model[1].register_buffer("table", None)
+    assert ASSIGNED in kinds_of(said(model, "output"))
+    refused(model, "1", ASSIGNED)
+    assert model[1].table is None
+
+
 DRAWS = {
     "rand": "return x + torch.rand(4)",
     "randn": "return x * torch.randn(4).abs().sqrt()",
