@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -12,8 +13,8 @@ torch.set_num_threads(1)
 torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])  # what torch 1.13 fuses is rounded otherwise
 pytest.register_assert_rewrite("tests.helpers")  # so that its failures show values
 
-# `--hypothesis-profile=ci` and so on. What CI draws is the same each time, so that it fails for what was changed; dev
-# and nightly draw anew. No deadlines: how long torch takes says nothing about featx.
+# `--hypothesis-profile=ci` and so on. What CI draws is the same each time, so that it fails for what was changed, with
+# dev by a seed; by themselves dev and nightly draw anew. No deadlines: how long torch takes says nothing about featx.
 _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("dev", _common, max_examples=10)
 settings.register_profile("ci", _common, max_examples=100, derandomize=True, database=None)
@@ -53,6 +54,13 @@ def rng() -> random.Random:
     """Random choices that a failure names: FEATX_SEED=<seed> repeats them."""
     print(f"FEATX_SEED={_seed()}")
     return random.Random(_seed())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_among_what_is_imported() -> None:
+    """Else a tenth of the time goes into looking for it, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ featx, and notes every operation with a clone of its value: what featx should ha
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import operator
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -161,9 +162,8 @@ LOST = {"compute", "number", "draw", "chance", *BLOCKS}  # what tracing would le
 CUTTING = {"detach", "data", "copy_", "out", "where", "size", "check", "update"}  # gradients do not pass all of these
 
 
-class Named(NamedTuple):
-    first: torch.Tensor
-    second: torch.Tensor
+# TorchScript of torch 1.13 reads no postponed annotations.
+Named = collections.namedtuple("Named", "first second")
 
 
 class Dice:

@@ -8,7 +8,7 @@ import itertools
 import random
 import re
 import sys
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests.helpers import (
     MODES,
     agree,
     as_it_is,
+    both_traced,
     extract,
     extract_quietly,
     feature_extraction,
@@ -38,6 +39,7 @@ from tests.helpers import (
     snapshot,
     tensors,
     texts,
+    traced_already,
     untouched,
 )
 from tests.nets import stated
@@ -167,6 +169,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert same(found[key], expected[key]), f"{key!r}: {found[key]} is not {expected[key]}"
 
 
+def each_alone(model: Built, queries: Iterable[str], training: bool, exact: bool) -> dict[str, Any]:
+    """What an extractor of one query gives, for each; all are cut from one trace."""
+    model.train(training)
+    with both_traced(model, None, exact, KWARGS) as tracers, traced_already(tracers):
+        extractors = {query: extract_in(model, query, training, exact=exact) for query in queries}
+        return {query: values_of(extractor, training) for query, extractor in extractors.items()}
+
+
 @given(plans(), st.booleans(), st.integers(0, 9))
 @example(A_BUFFER_AS_A_FEATURE, True, 0)
 def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, seed: int) -> None:
@@ -174,8 +184,8 @@ def test_exact_features_are_those_of_eager_execution(plan: Net, training: bool, 
     queries = random.Random(seed).sample(list(expected), len(expected))
     model = build(plan)
     assert_same(values_of(extract_in(model, queries, training, exact=True), training), expected)
-    for query, value in expected.items():
-        assert_same(values_of(extract_in(model, query, training, exact=True), training), {query: value})
+    for query, value in each_alone(model, expected, training, exact=True).items():
+        assert_same(value, {query: expected[query]})
 
 
 @given(plans(), st.booleans())
@@ -189,8 +199,8 @@ def test_a_feature_alone_is_what_its_node_gave(plan: Net, training: bool) -> Non
         for name, entry in zip(names, entries):
             if name == query or name.startswith(query + "."):
                 expected[query] = entry.value
-    for query, value in expected.items():
-        assert_same(values_of(extract_in(model, [query], training), training), {query: value})
+    for query, value in each_alone(model, expected, training, exact=False).items():
+        assert_same(value, {query: expected[query]})
     with heard() as caught:
         extractor = extract(model, *in_its_mode(model, list(expected)), tracer_kwargs=KWARGS)
     together = values_of(extractor, training)
