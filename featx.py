@@ -363,6 +363,9 @@ def create_feature_extractor(
         features, plans, graphs = {}, {}, []
         for mode in ["train"] if is_one else ["train", "eval"]:
             tracer = tracers[mode]
+            if tracer.error:  # its graph does nothing but raise it
+                graphs.append(tracer.graph)
+                continue
             features[mode] = _find_features(tracers, mode, keys[mode])
             plans[mode] = _make_plan(tracer, features[mode], mode == "train")
             graph = _cut(tracer, features[mode], keys[mode], plans[mode])
@@ -553,6 +556,11 @@ for _operator in _OPERATORS:
 # ---- answers from an example
 
 
+def _plain(value: Any) -> Any:
+    """A tensor as a number; anything else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
 class _AnsweringTracer(LeafModuleAwareTracer):
     """The half of :class:`NodePathTracer` that answers from an example what a forward asks.
 
@@ -682,34 +690,48 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             arguments = map_arg((node.args, node.kwargs), self._formula_of)
             return f"{self._writes} {node.target}{arguments}"
         is_of_state = any(argument.op == "get_attr" for argument in taken)
-        return node.name if is_of_state and node.target not in _METADATA else ""
+        return node.name if is_of_state and node.target not in _PARTS else ""
 
     def _formula_of(self, node: fx.Node) -> str:
         return self._same_as.get(node) or node.name
 
-    def answer(self, stand_in: Any, function: Any = None) -> Any:
-        """The value of a stand-in, or of a function of it, as a plain number, list or text."""
-        self._check_asked()
+    def answer(self, stand_in: Any, function: Any = None, read: Any = _plain) -> Any:
+        """What is read of a stand-in, or of a function of it, with a guard."""
+        if self.example is None:
+            raise fx.proxy.TraceError(_ASKED)
         if function is not None:
             stand_in = self.record(function, stand_in)
-        value = self.note_asked(stand_in)
+        value = self.note_asked(stand_in, read)
         self.guard_pending()
         return value
 
-    def note_asked(self, stand_in: Any) -> Any:
-        """Its value, a tensor's as a number, which has to be the same for other inputs."""
-        value = stand_in._value
-        if isinstance(value, torch.Tensor):
-            value = self.compute(torch.Tensor.item, stand_in)
+    def note_asked(self, stand_in: Any, read: Any = _plain) -> Any:
+        """What is read of a stand-in, which has to be the same for other inputs."""
+        value = self.compute(read, stand_in)
         self.pending.append((stand_in, value, _went(value)))
         return value
 
     def guard_pending(self) -> None:
-        """See to it that what was asked is answered so for other inputs."""
+        """See to it that what was asked is answered so for other inputs.
+
+        Equal guards are one, and what does not depend on the inputs needs none.
+        """
         pending, self.pending = self.pending, []
         for stand_in, value, said in pending:
-            if self._claim_guard(stand_in, value):
-                self.record(torch._assert, stand_in == value, said)
+            node = stand_in.node
+            formula = self._same_as[node]
+            if isinstance(stand_in._value, torch.Tensor):
+                formula = f"{self._writes} {node.name}"  # also of parameters and buffers
+            guard = formula, repr(value)
+            if not formula or guard in self._guards:
+                continue
+            self._guards.add(guard)
+            condition = stand_in
+            if value is False:
+                condition = self.record(operator.not_, stand_in)
+            elif value is not True:
+                condition = stand_in == value
+            self.record(torch._assert, condition, said)
 
     def guard_none(self, stand_in: Any) -> None:
         """See to it that what is None for the example is so for other inputs."""
@@ -723,18 +745,11 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 
     def to_bool(self, obj: Any) -> bool:
         """The truth of a stand-in."""
-        self._check_asked()
-        value: bool = self.compute(bool, obj)
-        if self._claim_guard(obj, value):
-            condition = obj if value else self.record(operator.not_, obj)
-            self.guard_pending()
-            self.record(torch._assert, condition, _went(value))
-        return value
+        return self.answer(obj, read=bool)  # type: ignore[no-any-return]
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """The items of a stand-in, each a stand-in."""
-        self._check_asked()
-        if not hasattr(obj._value, "__getitem__"):  # a set, or a generator
+        if self.example and not hasattr(obj._value, "__getitem__"):  # a set, or a generator
             obj = self.record(list, obj)
         return iter([obj[position] for position in range(len(obj))])
 
@@ -762,33 +777,16 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """Whether this is no part of the forward: another thread, or a value of the example."""
         return self._thread != threading.get_ident()
 
-    def _check_asked(self) -> None:
-        if self.example is None:
-            raise fx.proxy.TraceError(_ASKED)
-
-    def _claim_guard(self, stand_in: Any, answer: Any) -> bool:
-        """Whether a guard has to be recorded now, since other inputs could be answered otherwise.
-
-        It is true once: with what is recorded then, the next such question needs none.
-        """
-        node = stand_in.node
-        formula = self._same_as[node]
-        if isinstance(stand_in._value, torch.Tensor):
-            formula = f"{self._writes} {node.name}"  # also of parameters and buffers
-        guard = formula, repr(answer)
-        if not formula or guard in self._guards:
-            return False
-        self._guards.add(guard)
-        return True
-
     def patch_questions(self, patcher: _Patcher) -> None:
         """Let Python's and torch's functions answer for stand-ins while the forward runs."""
         is_instance = isinstance
 
         def known(item: Any) -> Any:
-            if not is_instance(item, _Proxy) or self._is_aside():
+            if not is_instance(item, _Proxy):
                 return item
-            if not self._is_computed(item):
+            node = item.node
+            is_given = node.op == "placeholder" or node.target in _PARTS
+            if is_given or not is_instance(item._value, torch.Tensor):
                 self.answer(item, _kind)
             return item._value
 
@@ -817,19 +815,12 @@ class _AnsweringTracer(LeafModuleAwareTracer):
 
     def _answer_check(self, check: Callable[..., Any], *arguments: Any) -> Any:
         condition = _find_proxy(arguments)
-        if self._is_aside() or condition is None:
+        if condition is None:
             return check(*arguments)
         if isinstance(condition._value, torch.Tensor):
             condition = condition.all()
         torch._assert(bool(condition), f"{check.__name__} fails for the example")
         return None
-
-    def _is_computed(self, stand_in: Any) -> bool:
-        """Whether it stands for a tensor that an operation always makes one of."""
-        node = stand_in.node
-        is_part = node.target in (getattr, operator.getitem)
-        is_operation = node.op in ("call_function", "call_method") and not is_part
-        return is_operation and isinstance(stand_in._value, torch.Tensor)
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Of a function one that is recorded where a stand-in is among its arguments."""
@@ -856,7 +847,8 @@ _CHECKS = frozenset(
     "_check _check_index _check_not_implemented _check_tensor_all _check_tensor_all_with"
     " _check_type _check_value _check_with".split()
 )
-_METADATA = (getattr, len, "dim", "numel", "size")  # what asks for no number in a tensor
+# What asks for no number in a tensor.
+_PARTS = (getattr, operator.getitem, len, "dim", "numel", "size")
 _GIVEN = "an argument that the example gives is None"
 _ASKED = "its control flow depends on its inputs"
 
@@ -1105,7 +1097,7 @@ class NodePathTracer(_AnsweringTracer):
         if target is torch._assert:  # what its message says decides nothing
             message = str(values[1:])
             self.pending = [item for item in self.pending if str(item[1]) not in message]
-        elif target not in (*_METADATA, operator.getitem):  # of which a message is made
+        elif target not in _PARTS:  # of which a message is made
             self.guard_pending()
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
         value = NotImplemented  # which no example gives
@@ -1348,7 +1340,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.lose(_RANDOM)
         found = [item for item in arguments if id(item) in self.watched]
-        is_written = any(id(item) in self.written for item in arguments)
+        is_written = not self.written.isdisjoint(map(id, arguments))
         if func._schema.is_mutable:
             target = arguments[0]
             if id(target) in self.watched or target in self.tracer.tensor_attrs:
@@ -1404,7 +1396,7 @@ def _trace_both(
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
     """Trace in both modes, once if the forward does not ask; the own one has to be traceable."""
-    _check_arguments(model, concrete_args, arguments["example_inputs"])
+    _check_arguments(model, concrete_args, NodePathTracer(**arguments).example)
     own, other = "train", "eval"
     if not model.training:
         own, other = other, own
@@ -1416,36 +1408,35 @@ def _trace_both(
         try:
             if traced is None or traced.asked_mode:
                 traced = _trace(model, mode, restore, arguments, concrete_args)
+            traced.auto_leaves = leaves
             tracers[mode] = traced
             if traced.example:
                 _check_example(model, mode, traced)
-        except UntraceableError as error:
+        except Exception as cause:
+            error = _untraceable(model, cause, arguments)
             if auto_leaf and error.path and error.module_type not in leaves:
                 tracers.clear()
                 leaves[error.module_type] = error.reason
                 arguments["leaf_modules"] += (error.module_type,)
             elif mode == own:
-                raise
+                raise error from cause
             else:
+                error.__cause__ = cause
                 tracers[mode] = _refusing(error, tracers[own])
+                _warn(f"in {mode} mode an extractor will raise an error: {error}")
     if leaves:
         listed = ", ".join(map(_class_path, leaves))
         kwargs = f"tracer_kwargs={{'leaf_modules': [{listed}]}}"
         _warn(f"what torch.fx cannot trace became leaves: {kwargs} does the same.")
-    for mode, tracer in tracers.items():
-        tracer.auto_leaves = leaves
-        if tracer.error:
-            _warn(f"in {mode} mode an extractor will raise an error: {tracer.error}")
     return tracers
 
 
-def _check_arguments(model: nn.Module, concrete_args: Any, example_inputs: Any) -> None:
+def _check_arguments(model: nn.Module, concrete_args: Any, example: Any) -> None:
     signature = inspect.signature(model.forward)
     known = [*signature.parameters]
     unknown = {**(concrete_args or {})}.keys() - known
     if unknown:
         raise ValueError(f"concrete_args has {unknown}; the arguments of forward are {known}")
-    example = _as_call(example_inputs)
     if example is None:
         return
     if concrete_args:
@@ -1470,8 +1461,6 @@ def _trace(
         with _unchanged_random_state():
             tracer.trace(model, concrete_args)
         return tracer
-    except Exception as error:
-        raise _untraceable(model, error, arguments) from error
     finally:  # tensors and modules that a forward makes stay until all is done, for the graphs
         restore(keep=(torch.Tensor, nn.Module))
 
@@ -1483,22 +1472,17 @@ def _set_mode(model: nn.Module, mode: str) -> None:
 
 def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     """See that the graph gives for the example what the model gives, bit for bit."""
-    try:
-        tracer.leave_caches()
-        difference = _first_difference(model, mode, tracer, ())
-        if difference:  # once more, to see where it begins
-            paths = _leaf_paths(tracer)
-            difference = _first_difference(model, mode, tracer, paths) or difference
-            raise fx.proxy.TraceError(f"its graph gives something else than it does: {difference}")
-    except Exception as error:
-        reason = f"with the example, {type(error).__name__}: {error}"
-        raise UntraceableError("", type(model), reason) from error
+    tracer.leave_caches()
+    difference = _first_difference(model, mode, tracer, ())
+    if difference:  # once more, to see where it begins
+        difference = _first_difference(model, mode, tracer, _leaf_paths(tracer)) or difference
+        text = "with the example its graph gives something else than it does"
+        raise fx.proxy.TraceError(f"{text}: {difference}")
 
 
-def _leaf_paths(tracer: NodePathTracer) -> dict[str, None]:
+def _leaf_paths(tracer: NodePathTracer) -> set[str]:
     """The paths of the leaves that are called."""
-    calls = [node for node in tracer.graph.nodes if node.op == "call_module"]
-    return dict.fromkeys(str(node.target) for node in calls)
+    return {str(node.target) for node in tracer.graph.nodes if node.op == "call_module"}
 
 
 def _first_difference(
@@ -1567,9 +1551,8 @@ def _are(kind: Any, *values: Any) -> bool:
 
 def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
     """In place of the tracer of a mode that cannot be traced: its graph raises the error."""
-    tracer = NodePathTracer(exact=True)  # nothing is said of its features
+    tracer = NodePathTracer()
     tracer.error = error
-    tracer.root = traced.root
     tracer.graph = fx.Graph()
     for node in traced.graph.nodes:
         if node.op == "placeholder":
@@ -1645,11 +1628,8 @@ class _Namer:
         self._exact = bool(self._uncalled)
         # Stem -> the number after the most recently given form.
         self._next_number = dict.fromkeys(self._uncalled, 1)
-        # A name that is given out -> the number to try where it would be repeated.
-        self._retry = {}
-        for path in self._uncalled:
-            _, number = _split_number(path)
-            self._retry[path] = number + 1
+        # A name that is given out -> the number from which to search where it would be repeated.
+        self._retry = dict.fromkeys(self._uncalled, 0)
 
     def name(self, scope: str, own: str | None = None) -> str:
         """The name of the next node.
@@ -1674,14 +1654,14 @@ class _Namer:
         number = self._next_number.get(stem, 0)
         name = first = f"{stem}_{number}" if number else stem
         while name in self._retry:
-            number = self._retry[name]
+            number = max(number + 1, self._retry[name])
             name = f"{stem}_{number}"
-        self._retry[first] = number + 1  # so that the next search begins where this one ends
+        # So that the next search begins where this one ends.
+        self._retry[first] = self._retry[name] = number + 1
         # A name counts as a form of itself and, if it ends in a number, of what is before.
         self._next_number[name] = 1
         head, last = _split_number(name)
         self._next_number[head] = last + 1
-        self._retry[name] = last + 1
         return name
 
 
@@ -1739,10 +1719,7 @@ def _find_features(
     *_, output = tracer.graph.nodes
     returned, *_ = output.args
     whole = _Feature(returned, tracer.places[output])
-    known = {**answers}
-    # A graph that only raises an error has no names, and does it for each query.
-    for query in queries if tracer.error else ["output"]:
-        known.setdefault(query, whole)
+    known = {"output": whole, **answers}
     for query in queries:
         if query not in known:
             hint = _hint(tracers, mode, query)
@@ -1783,7 +1760,7 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
     leaves = _leaf_paths(tracer)
     if query in leaves:
         return "Its call has another name; exact=True gives what it returned."
-    for path in leaves.keys() & _prefixes(query):
+    for path in leaves.intersection(_prefixes(query)):
         leaf = type(tracer.root.get_submodule(path))
         remedy = f"tracer_kwargs={{'non_leaf_modules': [{_class_path(leaf)}]}} opens it."
         if leaf in tracer.auto_leaves:
@@ -2056,8 +2033,8 @@ def _module_effects(
     """What the call of a leaf writes and views, if somebody says it."""
     writes = inputs, inputs
     hands_on: tuple[list[fx.Node], list[fx.Node]] = [], inputs
-    is_in_place = getattr(module, "inplace", None) is True
-    if is_in_place and (training or not isinstance(module, _DropoutNd)):
+    in_place = [part for part in module.modules() if getattr(part, "inplace", None) is True]
+    if module in in_place and (training or not isinstance(module, _DropoutNd)):
         return writes
     if getattr(type(module), "forward", None) is nn.Sequential.forward:
         parts = (_module_effects(part, inputs, training) for part in module.children())
@@ -2068,8 +2045,7 @@ def _module_effects(
         return [], []
     if package.startswith(("torch.", "torchvision.")):
         return hands_on
-    in_place = [getattr(part, "inplace", None) is True for part in module.modules()]
-    return writes if any(in_place) else None
+    return writes if in_place else None
 
 
 def _function_effects(
@@ -2346,9 +2322,8 @@ class DualGraphModule(fx.GraphModule):
         if train != evaluation:
             methods = {"_featx_train": train, "_featx_eval": evaluation}
             methods["forward"] = _dispatcher(self.train_graph, train)
-        self._methods = _Methods(itertools.starmap(_compiled, methods.items()))
-        for method in self._methods:
-            setattr(type(self), method.__name__, method)
+        for name, code in methods.items():
+            setattr(type(self), name, _compiled(name, code))
         return train if self.training else evaluation
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -2363,37 +2338,35 @@ class DualGraphModule(fx.GraphModule):
         one.recompile()
         return one
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(vars(self), class_name=type(self).__name__)
+    def __copy__(self) -> DualGraphModule:
+        """Of a class of its own, which has the same methods until it is compiled again."""
+        own = type(self)
+        kind = type(own.__name__, own.__bases__, dict(vars(own)))
+        copied: DualGraphModule = object.__new__(kind)
+        state = copied.__dict__ = {**vars(self)}
         state.pop("_compiled_call_impl", None)  # nn.Module.compile() made it for this module
         for name, value in state.items():
             if isinstance(value, fx.Graph):
                 state[name] = _pack(value)
             elif isinstance(value, dict):
                 state[name] = copy.copy(value)
-        return state
+        return copied
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        type(self).__name__ = vars(self).pop("class_name")
-        if not self._methods:
-            self.recompile()
-        for method in self._methods:
-            setattr(type(self), method.__name__, method)
+    def __deepcopy__(self, memo: Any) -> DualGraphModule:
+        copied: DualGraphModule
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(vars(copied), memo)
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each instance has a class of its own; below it is the real one.
-        own = type(self).__mro__[1]
-        return fx.GraphModule.__new__, (own,), self.__getstate__()
+        state = dict(vars(copy.copy(self)), class_name=type(self).__name__)
+        return fx.GraphModule.__new__, type(self).__bases__, state
 
-    # fx.GraphModule's knows one graph; without it copy goes by __reduce__.
-    __deepcopy__ = None  # type: ignore[assignment]
-
-    def __copy__(self) -> DualGraphModule:  # which nn.DataParallel calls by this name
-        make, arguments, state = self.__reduce__()
-        copied: DualGraphModule = make(*arguments)
-        copied.__setstate__(state)
-        return copied
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__name__ = state.pop("class_name")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.recompile()
 
 
 def _fetching(graph: fx.Graph) -> list[fx.Node]:
@@ -2421,9 +2394,10 @@ def _generate(graph: fx.Graph) -> _Code:
         for node, target in zip(fetching, targets):
             node.target = target
 
-    # "x += y;  iadd = x" becomes "iadd = x;  iadd += y", so that a number x stays.
-    pattern, replacement = r"^    (\w+) (\W+=) (.+);  (\w+) = \1\b", r"    \4 = \1;  \4 \2 \3"
-    plain = re.sub(pattern, replacement, code.src, flags=re.MULTILINE)
+    # "x += y;  iadd = x" becomes "iadd = x;  iadd += y", so that a number x stays; so does
+    # "x[0] = y;  setitem = x", and each line begins with the name of its node.
+    pattern, replacement = r"(?m)^    (\w+)((?: \W+=|\[).*?);  (\w+) = \1\b", r"    \3 = \1;  \3\2"
+    plain = re.sub(pattern, replacement, code.src)
 
     blocks = {
         node.name: f"with {node.meta['featx_block']}: "
@@ -2431,17 +2405,18 @@ def _generate(graph: fx.Graph) -> _Code:
         if "featx_block" in node.meta
     }
 
-    def in_block(match: re.Match[str]) -> str:
-        return f"    {blocks.get(match[1], '')}"
-
-    # A line begins with the name of its node; that of an item is "x[0] = y;  setitem = x".
-    plain = re.sub(r"^    (?=(?:\w+\[.*?;  )?(\w+))", in_block, plain, flags=re.MULTILINE)
+    plain = re.sub(
+        r"(?m)^    (?=(\w+))",
+        lambda match: f"    {blocks.get(match[1], '')}",
+        plain,
+    )
 
     def with_paths(source: Callable[[fx.Node], str]) -> str:
-        def written(match: re.Match[str]) -> str:
-            return source(fetching[int(match[1])])
-
-        return re.sub(r"self\._featx_(\d+)_", written, plain)
+        return re.sub(
+            r"self\._featx_(\d+)_",
+            lambda match: source(fetching[int(match[1])]),
+            plain,
+        )
 
     return _Code(with_paths(_shown_source), with_paths(_fast_source), code.globals)
 
@@ -2466,7 +2441,7 @@ def _attribute(source: str, name: str) -> str:
 
 def _dispatcher(graph: fx.Graph, code: _Code) -> _Code:
     """A ``forward`` that picks the method of the mode; graph and code are those of one."""
-    head = re.findall("^def .*", code.src, re.MULTILINE)[0]
+    head = re.findall("(?m)^def .*", code.src)[0]
     arguments = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     call = ", ".join(arguments)
     source = f"""{head}
@@ -2492,22 +2467,11 @@ def _compiled(name: str, code: _Code) -> Any:
     return method
 
 
-class _Shared(tuple):  # type: ignore[type-arg]
-    """What copies share, since nothing changes it."""
+class _Packed(tuple):  # type: ignore[type-arg]
+    """A graph as plain data that can be pickled; copies share it, since nothing changes it."""
 
-    def __deepcopy__(self, memo: Any) -> _Shared:
+    def __deepcopy__(self, memo: Any) -> _Packed:
         return self
-
-
-class _Methods(_Shared):
-    """The compiled methods of a module; its pickles have none."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Methods, ()
-
-
-class _Packed(_Shared):
-    """A graph as plain data that can be pickled."""
 
 
 class _Reference(str):
@@ -2517,25 +2481,25 @@ class _Reference(str):
 def _pack(graph: fx.Graph) -> _Packed:
     nodes = []
     for node in graph.nodes:
-        packed = (
-            node.op,
-            _packed_target(node.target),
-            map_arg((node.args, node.kwargs), lambda argument: _Reference(argument.name)),
-            node.name,
-            node.type,
-            node.meta,
-        )
-        nodes.append(packed)
+        target = _packed_target(node.target)
+        call = node.op, target, node.args, node.kwargs, node.name, node.type
+        packed = map_arg(call, lambda argument: _Reference(argument.name))
+        nodes.append((packed, node.name, node.meta))
     return _Packed(nodes)
 
 
 def _packed_target(target: Any) -> Any:
     """By name what pickle cannot find by itself, as torch.ops and functional.max_pool2d."""
     with contextlib.suppress(Exception):
-        name = _get_qualified_name(target).partition("torch.")[2]
-        if operator.attrgetter(name)(torch) is target:
+        name = _get_qualified_name(target)
+        if _of_torch(name) is target:
             return _Reference(name)
     return target
+
+
+def _of_torch(name: str) -> Any:
+    """What has this name, which begins with ``torch.``."""
+    return operator.attrgetter(name.partition("torch.")[2])(torch)
 
 
 def _unpack(packed: _Packed) -> fx.Graph:
@@ -2543,20 +2507,12 @@ def _unpack(packed: _Packed) -> fx.Graph:
     nodes: dict[str, fx.Node] = {}
 
     def referred(item: Any) -> Any:
-        return nodes[item] if isinstance(item, _Reference) else item
+        if isinstance(item, _Reference):
+            return nodes.get(item) or _of_torch(item)
+        return item
 
-    for op, target, arguments, name, type_expr, meta in packed:
-        if isinstance(target, _Reference):
-            target = operator.attrgetter(target)(torch)
-        args, kwargs = map_aggregate(arguments, referred)
-        node = graph.create_node(
-            op,
-            target,
-            args,
-            kwargs,
-            name,
-            type_expr,
-        )
+    for call, name, meta in packed:
+        node = graph.create_node(*map_aggregate(call, referred))
         node.meta = copy.copy(meta)
         nodes[name] = node
     return graph
