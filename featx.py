@@ -442,10 +442,11 @@ class _Proxy(fx.Proxy):
 
     tracer: Any
     _value: Any = NotImplemented  # the value for the example
+    _own = "node", "tracer", "_value"  # what is set on the stand-in itself
     __getitem__: Callable[..., Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("node", "tracer", "_value"):
+        if name in self._own:
             object.__setattr__(self, name, value)
         else:
             self.tracer.record(setattr, self, name, value)
@@ -485,7 +486,7 @@ class _Proxy(fx.Proxy):
         return attribute
 
     def __iter__(self) -> Iterator[Any]:
-        # As torch.fx's, which holds all that its caller holds until garbage is collected.
+        # Torch.fx's own makes a cycle with the frame of its caller, which keeps what that holds.
         caller = sys._getframe(1)
         operation, count = caller.f_code.co_code[caller.f_lasti :][:2]
         if isinstance(self._value, Mapping):
@@ -529,7 +530,7 @@ class _Proxy(fx.Proxy):
 class _Attribute(fx.proxy.Attribute, _Proxy):
     """The stand-in for an attribute, such as ``x.T``; it may be called as a method."""
 
-    __setattr__ = object.__setattr__  # type: ignore[assignment]
+    _own = "root", "attr", "tracer", "_node", "_value"  # type: ignore[assignment]
 
 
 def _operate(self: Any, name: str, other: Any) -> Any:
@@ -659,7 +660,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
                 if kind == "call_module":
                     target = self.root.get_submodule(target)
                 return target(*args, **kwargs)
-        except (TypeError, AttributeError):  # from any input
+        except (TypeError, AttributeError):  # kinds raise them, for any input: it may be caught
             raise
         except Exception as error:
             self.raised = error
@@ -681,6 +682,12 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._same_as[node] = formula and self._first.setdefault(formula, node.name)
 
     def _formula(self, node: fx.Node, is_tensor: bool) -> str:
+        """A text that only values share which are equal for all inputs: one guard serves them.
+
+        It says how a number is computed; a tensor has the name of its node. It is "" for what no
+        input changes: the model's state, constants, and their shapes. A number that is read in the
+        state is none of these, since it may be another one at a later call.
+        """
         if node.op == "get_attr":
             return ""
         if is_tensor or node.op in ("placeholder", "call_module"):
@@ -708,7 +715,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
     def note_asked(self, stand_in: Any, read: Any = _plain) -> Any:
         """What is read of a stand-in, which has to be the same for other inputs."""
         value = self.compute(read, stand_in)
-        self.pending.append((stand_in, value, _went(value)))
+        self.pending.append((stand_in, value, _guard_text(value)))
         return value
 
     def guard_pending(self) -> None:
@@ -732,6 +739,18 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             elif value is not True:
                 condition = stand_in == value
             self.record(torch._assert, condition, said)
+
+    def settle_pending(self, target: Any, values: Any) -> None:
+        """Guard what was asked before an operation that is recorded next.
+
+        What only the message of an assert says decides nothing; while a message is made of shapes
+        and items, it is not known yet.
+        """
+        if target is torch._assert:
+            message = str(values[1:])
+            self.pending = [item for item in self.pending if str(item[1]) not in message]
+        elif target not in _PARTS:
+            self.guard_pending()
 
     def guard_none(self, stand_in: Any) -> None:
         """See to it that what is None for the example is so for other inputs."""
@@ -853,7 +872,7 @@ _GIVEN = "an argument that the example gives is None"
 _ASKED = "its control flow depends on its inputs"
 
 
-def _went(answer: Any) -> str:
+def _guard_text(answer: Any) -> str:
     """What a guard says, of the line of the model that runs."""
     at = _model_line(_frames_inside())
     file = pathlib.Path(at.filename).name
@@ -948,7 +967,7 @@ class NodePathTracer(_AnsweringTracer):
         current_module_qualname: the scope, the path of the module whose forward is running.
         exact: as given.
         example: the example, as positional and keyword arguments.
-        given: the arguments that the example gives, by name.
+        given: argument -> its value for the example, or if exact its default.
         error: why the mode could not be traced.
         asked_mode: whether the forward asked for the mode of a module, or might have.
         returned: what modules returned, if a graph can hold it; by default only values of nodes.
@@ -1094,11 +1113,7 @@ class NodePathTracer(_AnsweringTracer):
         """
         block = self.note_block()
         kind, target, values, *_ = args
-        if target is torch._assert:  # what its message says decides nothing
-            message = str(values[1:])
-            self.pending = [item for item in self.pending if str(item[1]) not in message]
-        elif target not in _PARTS:  # of which a message is made
-            self.guard_pending()
+        self.settle_pending(target, values)
         kwargs["proxy_factory_fn"] = proxy_factory_fn  # torch.fx looks whether it is taken
         value = NotImplemented  # which no example gives
         if self.example:
@@ -1115,18 +1130,21 @@ class NodePathTracer(_AnsweringTracer):
                 self.watch.note_written(node, first)
         if isinstance(node.type, str):  # a postponed annotation
             node.type = _NUMBERS.get(node.type)
-        own = None if node.op == "call_module" else node.name
         if block:
             node.meta["featx_block"] = block
-        name = self._namer.name(self.current_module_qualname, own)
-        self.node_to_qualname[node] = name
-        if own is None:
-            self._note_returned(name if self.exact else target, proxy)
+        self._name_node(node, proxy)
         if value is not None or kind == "placeholder":
             return proxy
         if target not in (torch._assert, operator.setitem, setattr):
             self.guard_none(proxy)
         return None
+
+    def _name_node(self, node: fx.Node, proxy: Any) -> None:
+        own = None if node.op == "call_module" else node.name
+        name = self._namer.name(self.current_module_qualname, own)
+        self.node_to_qualname[node] = name
+        if own is None:  # by default under its path, where the first call counts
+            self._note_returned(name if self.exact else str(node.target), proxy)
 
     def note_block(self) -> str:
         """Note what is lost of the block in which an operation is recorded.
@@ -1258,7 +1276,8 @@ _DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _NUMBERS = {"float": float, "int": int, "bool": bool}  # what TorchScript needs to know
 
 
-# What tracing leaves out, or makes a constant of.
+# ---- what tracing leaves out
+
 _AUTOCAST = "runs a part under torch.autocast, which tracing leaves out"
 _GRAD_MODE = "changes the grad mode, which tracing leaves out"
 _BUFFERS = (
@@ -1317,8 +1336,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # True, the default, imports torch._dynamo
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Foreign is memory of the model or of a constant where a value of the example is computed:
-        # what is written there is put back.
+        # Where a value of the example is computed, a tensor that is no such value is foreign: of
+        # the model, or a constant. What is written into it is put back.
         arguments, _ = tree_flatten((args, kwargs))
         first = next(iter(arguments), None)  # mostly, into this one it writes
         is_aside = self.tracer._is_aside()
@@ -1350,8 +1369,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for view in tree_flatten(value)[0]:
                 self.watched[id(view)] = view
             return
-        is_no_integer = any(item.is_floating_point() or item.is_complex() for item in found)
-        if is_written or is_no_integer:  # of integers, as indices and masks, constants are made
+        is_of_floats = any(item.is_floating_point() or item.is_complex() for item in found)
+        if is_written or is_of_floats:  # of integers, as indices and masks, constants are made
             self.tracer.lose(_BUFFERS)
 
     def note_written(self, node: fx.Node, tensor: torch.Tensor) -> None:
@@ -1396,7 +1415,8 @@ def _trace_both(
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
     """Trace in both modes, once if the forward does not ask; the own one has to be traceable."""
-    _check_arguments(model, concrete_args, NodePathTracer(**arguments).example)
+    tracer = NodePathTracer(**arguments)  # what is wrong in the arguments is no fault of the model
+    _check_arguments(model, concrete_args, tracer.example)
     own, other = "train", "eval"
     if not model.training:
         own, other = other, own
@@ -1470,6 +1490,73 @@ def _set_mode(model: nn.Module, mode: str) -> None:
         getattr(model, mode)()
 
 
+def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
+    """In place of the tracer of a mode that cannot be traced: its graph raises the error."""
+    tracer = NodePathTracer()
+    tracer.error = error
+    tracer.graph = fx.Graph()
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            tracer.graph.node_copy(node)
+    tracer.graph.output(tracer.graph.call_function(error))
+    return tracer
+
+
+def _untraceable(model: nn.Module, error: Exception, arguments: dict[str, Any]) -> UntraceableError:
+    frames = reversed([*traceback.walk_tb(error.__traceback__)])
+    reason = f"{type(error).__name__}: {error}{_source_line(frames)}"
+    model_itself = "", type(model)
+    path, module_type = vars(error).get("featx_module", model_itself)
+    code = getattr(module_type.forward, "__code__", None)
+    if code and hasattr(module_type.forward, "__wrapped__"):
+        where = f"{code.co_name} ({code.co_filename}, line {code.co_firstlineno})"
+        reason += f"\nIts forward is wrapped by {where}, which torch.fx may not see through."
+    children = [] if path else model.named_children()
+    traceable = [name for name, child in children if _can_trace(child, arguments)]
+    return UntraceableError(path, module_type, reason, traceable)
+
+
+def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a module that has something inside can be traced."""
+    with contextlib.suppress(Exception):
+        NodePathTracer(**{**arguments, "example_inputs": None}).trace(model)
+        return any(model.children())
+    return False
+
+
+def _set_default_tracer_kwargs(given: Mapping[str, Any] | None, **own: Any) -> dict[str, Any]:
+    """The caller's ``tracer_kwargs`` with the defaults added; the caller's are not written to.
+
+    What they have of featx's ``own`` arguments goes before.
+    Programs written for torchvision's file import this name, and the next.
+    """
+    ops = sys.modules.get("torchvision.ops")
+    defaults: dict[str, list[Any]] = {
+        "autowrap_modules": [math, ops] if ops else [math],
+        "leaf_modules": _get_leaf_modules_for_ops(),
+        "non_leaf_modules": [],
+    }
+    arguments = {**own, **(given or {})}
+    for name, default in defaults.items():
+        added: Any = arguments.get(name, ())
+        if not isinstance(added, Iterable):
+            added = [added]
+        arguments[name] = (*default, *added)
+    return arguments
+
+
+def _get_leaf_modules_for_ops() -> list[type[nn.Module]]:
+    """The modules of ``torchvision.ops``, if the process has imported it."""
+    ops = sys.modules.get("torchvision.ops")
+    if ops is None:
+        return []
+    classes = filter(inspect.isclass, vars(ops).values())
+    return [cls for cls in classes if issubclass(cls, nn.Module)]
+
+
+# ---- the check on the example
+
+
 def _check_example(model: nn.Module, mode: str, tracer: NodePathTracer) -> None:
     """See that the graph gives for the example what the model gives, bit for bit."""
     tracer.leave_caches()
@@ -1502,7 +1589,8 @@ def _first_difference(
             for path in paths:
                 hook = functools.partial(_note_call, seen, path)
                 undo.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-            seen.append(("the output", module(*args, **kwargs)))
+            returned = module(*args, **kwargs)
+            seen.append(("the output", _clone_nested(returned)))  # before memory is put back
     for (path, expected), (_, found) in zip(*values):
         difference = _difference(expected, found)
         if difference:
@@ -1547,70 +1635,6 @@ def _difference(expected: Any, found: Any) -> str:
 
 def _are(kind: Any, *values: Any) -> bool:
     return all(isinstance(value, kind) for value in values)
-
-
-def _refusing(error: UntraceableError, traced: NodePathTracer) -> NodePathTracer:
-    """In place of the tracer of a mode that cannot be traced: its graph raises the error."""
-    tracer = NodePathTracer()
-    tracer.error = error
-    tracer.graph = fx.Graph()
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            tracer.graph.node_copy(node)
-    tracer.graph.output(tracer.graph.call_function(error))
-    return tracer
-
-
-def _untraceable(model: nn.Module, error: Exception, arguments: dict[str, Any]) -> UntraceableError:
-    frames = reversed([*traceback.walk_tb(error.__traceback__)])
-    reason = f"{type(error).__name__}: {error}{_source_line(frames)}"
-    model_itself = "", type(model)
-    path, module_type = vars(error).get("featx_module", model_itself)
-    if hasattr(module_type.forward, "__wrapped__"):
-        code = module_type.forward.__code__
-        where = f"{code.co_name} ({code.co_filename}, line {code.co_firstlineno})"
-        reason += f"\nIts forward is wrapped by {where}, which torch.fx may not see through."
-    children = [] if path else model.named_children()
-    traceable = [name for name, child in children if _can_trace(child, arguments)]
-    return UntraceableError(path, module_type, reason, traceable)
-
-
-def _can_trace(model: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether a module that has something inside can be traced."""
-    with contextlib.suppress(Exception):
-        NodePathTracer(**{**arguments, "example_inputs": None}).trace(model)
-        return any(model.children())
-    return False
-
-
-def _set_default_tracer_kwargs(given: Mapping[str, Any] | None, **own: Any) -> dict[str, Any]:
-    """The caller's ``tracer_kwargs`` with the defaults added; the caller's are not written to.
-
-    What they have of featx's ``own`` arguments goes before.
-    Programs written for torchvision's file import this name, and the next.
-    """
-    ops = sys.modules.get("torchvision.ops")
-    defaults: dict[str, list[Any]] = {
-        "autowrap_modules": [math, ops] if ops else [math],
-        "leaf_modules": _get_leaf_modules_for_ops(),
-        "non_leaf_modules": [],
-    }
-    arguments = {**own, **(given or {})}
-    for name, default in defaults.items():
-        added: Any = arguments.get(name, ())
-        if not isinstance(added, Iterable):
-            added = [added]
-        arguments[name] = (*default, *added)
-    return arguments
-
-
-def _get_leaf_modules_for_ops() -> list[type[nn.Module]]:
-    """The modules of ``torchvision.ops``, if the process has imported it."""
-    ops = sys.modules.get("torchvision.ops")
-    if ops is None:
-        return []
-    classes = filter(inspect.isclass, vars(ops).values())
-    return [cls for cls in classes if issubclass(cls, nn.Module)]
 
 
 # ---- names
@@ -1778,7 +1802,7 @@ def _hint(tracers: dict[str, NodePathTracer], mode: str, query: str) -> str:
 
 
 class _Operation(NamedTuple):
-    """What pruning knows of a node. For it a node is a key, and might as well be a number."""
+    """What pruning knows of a node: at the node itself it does not look."""
 
     inputs: Sequence[fx.Node] = ()
     writes: Sequence[fx.Node] = ()  # the inputs into whose memory it writes
@@ -1933,6 +1957,8 @@ def _cut(
             current[node] = copied or graph.node_copy(node, current.__getitem__)
         for value in cloned[position]:
             original = current[value]
+            if original in renewed.values():  # the forward fetches it once more
+                continue
             clone = graph.call_function(_clone, (original,))
             if value is node and _is_constant(node):
                 current[node] = renewed[node.target] = clone
@@ -2169,12 +2195,12 @@ def _is_misleading(tracer: NodePathTracer, query: str, feature: _Feature) -> boo
     node, after = feature
     if not isinstance(node, fx.Node):
         return False
-    if query not in tracer.returned:
+    if query not in tracer.returned:  # it was not called, or returned no single value of a node
         return query in tracer.paths
     returned, returned_after = tracer.returned[query]
     if returned is node:
         return False
-    # The last operation may have written into what was returned: that is the same memory.
+    # The module's last operation may have written into what it returned: that is its value, too.
     written, _ = _effects(tracer, node)
     return returned_after != after or returned not in written
 
@@ -2394,22 +2420,12 @@ def _generate(graph: fx.Graph) -> _Code:
         for node, target in zip(fetching, targets):
             node.target = target
 
-    # "x += y;  iadd = x" becomes "iadd = x;  iadd += y", so that a number x stays; so does
-    # "x[0] = y;  setitem = x", and each line begins with the name of its node.
+    # Torch.fx writes "x += y;  iadd = x", after which a number x is another one. That becomes
+    # "iadd = x;  iadd += y"; items are set so, too, and each line begins with its node's name.
     pattern, replacement = r"(?m)^    (\w+)((?: \W+=|\[).*?);  (\w+) = \1\b", r"    \3 = \1;  \3\2"
     plain = re.sub(pattern, replacement, code.src)
 
-    blocks = {
-        node.name: f"with {node.meta['featx_block']}: "
-        for node in graph.nodes
-        if "featx_block" in node.meta
-    }
-
-    plain = re.sub(
-        r"(?m)^    (?=(\w+))",
-        lambda match: f"    {blocks.get(match[1], '')}",
-        plain,
-    )
+    plain = _with_blocks(plain, graph)
 
     def with_paths(source: Callable[[fx.Node], str]) -> str:
         return re.sub(
@@ -2419,6 +2435,20 @@ def _generate(graph: fx.Graph) -> _Code:
         )
 
     return _Code(with_paths(_shown_source), with_paths(_fast_source), code.globals)
+
+
+def _with_blocks(source: str, graph: fx.Graph) -> str:
+    """Each line in the block of the grad mode in which its node was recorded."""
+    blocks = {
+        node.name: f"with {node.meta['featx_block']}: "
+        for node in graph.nodes
+        if "featx_block" in node.meta
+    }
+    return re.sub(
+        r"(?m)^    (?=(\w+))",
+        lambda match: f"    {blocks.get(match[1], '')}",
+        source,
+    )
 
 
 def _shown_source(node: fx.Node) -> str:
@@ -2551,8 +2581,11 @@ def _unchanged_random_state() -> Any:
     return torch.random.fork_rng(devices)
 
 
+_CONTAINERS = frozenset([dict, list, collections.OrderedDict, collections.defaultdict])
+
+
 def _snapshot(model: nn.Module) -> Callable[..., None]:
-    """Note modes, which parameters are frozen, attributes and the dicts and lists in them.
+    """Note modes, which parameters are frozen, attributes, and dicts and lists in them and classes.
 
     Gives what restores them: new attributes go, but for those of the classes ``keep``.
     """
@@ -2588,11 +2621,10 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
         note(vars(module))
         kinds.update(type(module).__mro__)
     for kind in kinds:
-        note([*vars(kind).values()])
+        note([*vars(kind).values()])  # the attributes of a class stay; what they hold is restored
     return restore
 
 
-_CONTAINERS = frozenset([dict, list, collections.OrderedDict, collections.defaultdict])
 # ---- command line
 
 

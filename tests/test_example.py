@@ -324,6 +324,23 @@ def test_attributes_are_read_where_the_forward_reads_them() -> None:
         assert same(extractor(State(x))["output"], forward(None, State(x)))
 
 
+@parametrize("extractor", [extract, exact])
+@parametrize("example", [None, (State(State(X)),)])
+def test_attributes_of_attributes_are_written_too(extractor: Any, example: Any) -> None:
+    def forward(self: Any, outer: State) -> Any:
+        outer.h.h = outer.h.h.relu()
+        return outer.h.h * 2
+
+    right = extractor(net(forward), "output", example_inputs=example)
+    for x in (X, -X):
+        assert same(right(State(State(x)))["output"], x.relu() * 2)
+
+
+def test_what_the_model_returns_of_itself_is_compared_as_it_was() -> None:
+    model = stated("o = torch.zeros(4); k = o.add_(h[0]); o.add_(h[1]); return k")
+    assert same(exact(model, "output", example_inputs=(X,))(X)["output"], model(X))
+
+
 def test_parameters_keep_their_data() -> None:
     model = stated("self.scale.data = self.scale.data / 2\nreturn h * self.scale")
     scale, data = model.scale, model.scale.data_ptr()

@@ -55,6 +55,7 @@ RIGHT = {
     "rows of a constant": "o = torch.zeros(4, 4); o[:2] = h[:2]; return self.fc(o)",
     "a constant's method": "o = torch.zeros(4); o.add_(h.sum(0)); return h + o",
     "two constants": "a, b = torch.zeros(4), torch.ones(4); a += h[0]; b.mul_(h[1]); return h + a * b",
+    "a constant written twice": "o = torch.zeros(4); k = o.add_(h[0]); o.add_(h[1]); return h * k",
     "a constant masked": "o = torch.full((3, 4), 2.0); o[h > 0] = 1; return h * o",
     "a constant is out": "o = torch.zeros(3, 4); torch.add(h.detach(), 1, out=o); return self.fc(o)",
     "returned": "o = torch.zeros(3, 4); o[:] = h; return o",
