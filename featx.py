@@ -466,8 +466,7 @@ class _Proxy(fx.Proxy):
         if name.startswith("__"):  # other protocols
             raise AttributeError(name)
         if name in ("get", "items", "values") and isinstance(self._value, Mapping):
-            items = {key: self[key] for key in self.keys()}
-            return getattr(items, name)
+            return functools.partial(self._call_of_dict, name)
         try:
             value = self.tracer.compute(getattr, self, name)
         except AttributeError:
@@ -484,6 +483,10 @@ class _Proxy(fx.Proxy):
         if value is None or is_of_object or is_in_block:
             return self.tracer.record(getattr, self, name)
         return attribute
+
+    def _call_of_dict(self, name: str, *args: Any) -> Any:
+        items = {key: self[key] for key in self.keys()}
+        return getattr(items, name)(*args)
 
     def __iter__(self) -> Iterator[Any]:
         # Torch.fx's own makes a cycle with the frame of its caller, which keeps what that holds.
@@ -591,8 +594,8 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         self._same_as: dict[fx.Node, str] = {}
         self._first: dict[str, str] = {}  # how a value is computed -> the first node of it
         self.containers: set[fx.Node] = set()  # the nodes of what is no tensor, and may be written
-        self._guards: set[tuple[str, str]] = set()
-        self.pending: list[Any] = []  # what has no guard yet: stand-in, value, the guard's message
+        self._guards: set[tuple[str, Any, str]] = set()
+        self.pending: list[Any] = []  # what has no guard yet: see note_asked
         self.hashed: list[Any] = []  # weak references to what was looked up by its value
 
     def create_args_for_root(
@@ -715,7 +718,7 @@ class _AnsweringTracer(LeafModuleAwareTracer):
     def note_asked(self, stand_in: Any, read: Any = _plain) -> Any:
         """What is read of a stand-in, which has to be the same for other inputs."""
         value = self.compute(read, stand_in)
-        self.pending.append((stand_in, value, _guard_text(value)))
+        self.pending.append((stand_in, value, read, _guard_text(value)))
         return value
 
     def guard_pending(self) -> None:
@@ -724,20 +727,20 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         Equal guards are one, and what does not depend on the inputs needs none.
         """
         pending, self.pending = self.pending, []
-        for stand_in, value, said in pending:
+        for stand_in, value, read, said in pending:
             node = stand_in.node
             formula = self._same_as[node]
             if isinstance(stand_in._value, torch.Tensor):
                 formula = f"{self._writes} {node.name}"  # also of parameters and buffers
-            guard = formula, repr(value)
+            guard = formula, read, repr(value)
             if not formula or guard in self._guards:
                 continue
             self._guards.add(guard)
             condition = stand_in
-            if value is False:
-                condition = self.record(operator.not_, stand_in)
-            elif value is not True:
+            if read is not bool:
                 condition = stand_in == value
+            elif not value:
+                condition = self.record(operator.not_, stand_in)
             self.record(torch._assert, condition, said)
 
     def settle_pending(self, target: Any, values: Any) -> None:
@@ -756,11 +759,15 @@ class _AnsweringTracer(LeafModuleAwareTracer):
         """See to it that what is None for the example is so for other inputs."""
         node = stand_in.node
         source = node.args[0] if node.target is operator.getitem else node
-        if source.op == "call_module":
-            leaf = self.root.get_submodule(str(source.target))
-            if type(leaf).__module__.startswith("torch."):  # its arguments decide that
-                return
-        self.answer(stand_in)
+        if not self._calls_torch(source):
+            self.answer(stand_in)
+
+    def _calls_torch(self, node: fx.Node) -> bool:
+        """Whether it calls a leaf of torch's own, of which the arguments say what it returns."""
+        if node.op != "call_module":
+            return False
+        leaf = self.root.get_submodule(str(node.target))
+        return type(leaf).__module__.startswith("torch.")
 
     def to_bool(self, obj: Any) -> bool:
         """The truth of a stand-in."""
@@ -804,8 +811,9 @@ class _AnsweringTracer(LeafModuleAwareTracer):
             if not is_instance(item, _Proxy):
                 return item
             node = item.node
-            is_given = node.op == "placeholder" or node.target in _PARTS
-            if is_given or not is_instance(item._value, torch.Tensor):
+            is_operation = node.op in ("call_function", "call_method") and node.target not in _PARTS
+            is_computed = is_operation or self._calls_torch(node)
+            if not (is_computed and is_instance(item._value, torch.Tensor)):
                 self.answer(item, _kind)
             return item._value
 
@@ -986,6 +994,7 @@ class NodePathTracer(_AnsweringTracer):
     """
 
     current_module_qualname = ""
+    asked_mode = False
     error: UntraceableError | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -1196,9 +1205,10 @@ class NodePathTracer(_AnsweringTracer):
             return _DTYPES[a]
         if kind.__module__ == "numpy" and a.ndim == 0:  # of which code could not be made
             return a.item()
-        is_grown = isinstance(a, torch.Tensor) and a.grad_fn is not None
-        if is_grown or self.watch.is_of_example(a):
-            self.lose(_EARLIER)
+        if isinstance(a, torch.Tensor):
+            self.watch.taken[id(a)] = a
+            if a.grad_fn is not None or self.watch.is_of_example(a):
+                self.lose(_EARLIER)
         try:
             return super().create_arg(a)
         except NotImplementedError as error:
@@ -1317,6 +1327,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         watched: by id buffers and views of them, of which the forward should compute nothing.
         written: the ids of tensors that nodes write into, of which it should not either.
+        taken: by id the tensors that nodes take as constants.
         computed: by id what was computed for the example in memory of its own, while it lives.
         kept: by id tensors that are written into, with what they were.
         memories: parameters, with the tensors that were their data.
@@ -1327,6 +1338,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.watched = {id(buffer): buffer for buffer in tracer.root.buffers()}
         self.written: set[int] = set()
+        self.taken: dict[int, torch.Tensor] = {}
         self.computed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.memories: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -1342,7 +1354,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first = next(iter(arguments), None)  # mostly, into this one it writes
         is_aside = self.tracer._is_aside()
         is_foreign = is_aside and not self.is_of_example(first)
-        if func._schema.is_mutable and (is_foreign or id(first) in self.watched):
+        is_known = id(first) in self.watched or id(first) in self.written
+        if func._schema.is_mutable and (is_foreign or is_known):
             self.keep(first)
         value = func(*args, **(kwargs or {}))
         is_view = any(returned.alias_info for returned in func._schema.returns)
@@ -1355,14 +1368,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _note_constant(self, func: Any, arguments: Any, value: Any, is_view: bool) -> None:
-        """Note what the forward computes without stand-ins, and what is lost by it."""
+        """Note what the forward computes without stand-ins, and what is lost by it.
+
+        Random numbers become the same at each call, and what is written into a buffer, a view of
+        one or a constant is left out. A view of a buffer is watched as the buffer is. What is
+        computed of floats in a buffer, or of what a node writes into, is soon out of date; of
+        integers, as indices and masks, constants are made.
+        """
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.lose(_RANDOM)
         found = [item for item in arguments if id(item) in self.watched]
         is_written = not self.written.isdisjoint(map(id, arguments))
         if func._schema.is_mutable:
-            target = arguments[0]
-            if id(target) in self.watched or target in self.tracer.tensor_attrs:
+            target = id(arguments[0])
+            if target in self.watched or target in self.taken:
                 self.tracer.lose(_ASSIGNED, 0)  # the next call lacks it, from the first node on
                 return
         elif found and is_view and not is_written:
@@ -1370,7 +1389,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.watched[id(view)] = view
             return
         is_of_floats = any(item.is_floating_point() or item.is_complex() for item in found)
-        if is_written or is_of_floats:  # of integers, as indices and masks, constants are made
+        if is_written or is_of_floats:
             self.tracer.lose(_BUFFERS)
 
     def note_written(self, node: fx.Node, tensor: torch.Tensor) -> None:
@@ -1743,7 +1762,7 @@ def _find_features(
     *_, output = tracer.graph.nodes
     returned, *_ = output.args
     whole = _Feature(returned, tracer.places[output])
-    known = {"output": whole, **answers}
+    known = {**answers, "output": answers.get("output", whole)}
     for query in queries:
         if query not in known:
             hint = _hint(tracers, mode, query)
@@ -1948,6 +1967,9 @@ def _cut(
     current: dict[fx.Node, fx.Node] = {}  # node -> what the operations that follow take for it
     taken: dict[tuple[fx.Node, int], fx.Node] = {}  # a read -> what the feature takes instead
     renewed: dict[Any, fx.Node] = {}  # the path of a constant -> its clone
+    asked: set[tuple[fx.Node, int]] = set()  # the reads of the features
+    for value, after in features.values():
+        asked.update((node, after) for node in _nodes_in(value))
     for node in tracer.places:
         if node.op == "placeholder":
             current[node] = graph.node_copy(node)
@@ -1957,12 +1979,14 @@ def _cut(
             current[node] = copied or graph.node_copy(node, current.__getitem__)
         for value in cloned[position]:
             original = current[value]
-            if original in renewed.values():  # the forward fetches it once more
-                continue
-            clone = graph.call_function(_clone, (original,))
             if value is node and _is_constant(node):
-                current[node] = renewed[node.target] = clone
-            elif plan.alone[value]:  # so gradients of what comes later reach the feature
+                if node.target not in renewed:  # else it is fetched once more
+                    renewed[node.target] = graph.call_function(_clone, (original,))
+                original = current[node] = renewed[node.target]
+                if (value, position) not in asked:
+                    continue
+            clone = graph.call_function(_clone, (original,))
+            if plan.alone[value]:  # so gradients of what comes later reach the feature
                 current[value] = clone
                 taken[value, position] = original
             else:

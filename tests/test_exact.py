@@ -179,6 +179,27 @@ def test_a_module_under_two_paths_has_the_first() -> None:
 # --- what modules return ---
 
 
+def test_a_constant_that_is_returned_and_then_written_into() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        total = self.make(x)
+        total.add_(x[0])
+        self.hand_on(total)
+        total.add_(x[1])
+        return total
+
+    make, hand_on = net(lambda self, x: torch.zeros(4)), net(lambda self, x: x)
+    extractor = exact(net(forward, make=make, hand_on=hand_on), ["make", "hand_on", "output"])
+    for x in (X, -X):
+        expected = {"make": torch.zeros(4), "hand_on": x[0], "output": x[0] + x[1]}
+        assert same(extractor(x), expected)
+
+
+def test_a_module_with_the_name_of_the_output_comes_after_what_it_returns() -> None:
+    model = Sequential()
+    model.add_module("output", Sequential(nn.ReLU()))
+    assert [*exact(model, ["output", "output.0"])(X)] == ["output.0", "output"]
+
+
 class Named(NamedTuple):
     hidden: Any
     pooled: Any

@@ -247,6 +247,36 @@ def test_trees_are_stand_ins() -> None:
         extractor({"a": X, "b": X, "c": X})
 
 
+def test_what_a_tree_has_may_be_asked_without_its_keys() -> None:
+    model = net(lambda self, batch: batch["a"] * 2 if hasattr(batch, "items") else batch)
+    extractor = exact(model, "output", example_inputs=({"a": X},))
+    assert same(extractor({"a": X, "b": X})["output"], X * 2)
+
+
+def test_a_bool_that_is_a_number_is_guarded_as_one() -> None:
+    model = stated("for _ in range(x['n']): h = h + 1\nreturn h", fc=net(lambda self, x: x["x"]))
+    extractor = exact(model, "output", example_inputs=({"x": X, "n": True},))
+    assert same(extractor({"x": -X, "n": True})["output"], 1 - X)
+    with pytest.raises(AssertionError, match="was True"):
+        extractor({"x": X, "n": 3})
+
+
+def test_the_kind_of_what_a_leaf_returns_is_guarded() -> None:
+    class Split(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return (x, x) if len(x) > 3 else x
+
+    def forward(self: Any, x: Any) -> Any:
+        y = self.leaf(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    model = net(forward, leaf=Split())
+    extractor = exact(model, "output", example_inputs=(X,), tracer_kwargs={"leaf_modules": [Split]})
+    assert same(extractor(X)["output"], X)
+    with pytest.raises(AssertionError):
+        extractor(torch.ones(4, 4))
+
+
 def test_what_a_leaf_returns_may_be_none() -> None:
     class Nothing(nn.Module):
         def forward(self, x: Any) -> Any:

@@ -138,9 +138,27 @@ REFUSED = {
     "a view of a constant": (BUFFER, "o = torch.zeros(4, 4); v = o[:2]; v.copy_(h[:2]); return self.fc(o)"),
     "a view of what is written": (CONSTANT, "o = torch.zeros(4, 4); o[:2] = h[:2]; return h @ o.t()"),
     "changed after it was taken": (BUFFER, "o = torch.zeros(4, 1); k = torch.cat([h, o], 1); o += 1; return k[:, 3:]"),
+    "a parameter that was taken": (
+        BUFFER,
+        "w = self._parameters['scale']; k = h * w\nwith torch.no_grad(): w.mul_(0.5)\nreturn k",
+    ),
     "integers": (CONSTANT, "o = torch.zeros(4, dtype=torch.long); o[:2] = x[0, :2].long() + 3; return x * (o * 2)"),
     "out of the graph": (CONSTANT, "o = torch.zeros(4, 4); o[:2] = h[:2]; return o * 2"),
 }
+
+
+def test_a_plain_tensor_may_be_filled_before_it_is_taken() -> None:
+    model = stated("self.plain.fill_(2.0); return h * self.plain")
+    model.plain = torch.zeros(4)
+    assert verdict(exact, model) == "right"
+
+
+def test_a_plain_tensor_is_left_as_it_was() -> None:
+    model = stated("self.plain.add_(h[0]); self.plain.zero_(); return h")
+    model.plain = torch.ones(4)
+    with ignored_warnings():
+        featx.get_graph_node_names(model)
+    assert same(model.plain, torch.ones(4))
 
 
 @parametrize("kind", REFUSED)

@@ -325,7 +325,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "constants keep what was written": (
         "test_met.py::test_right[a constant's method-extract-False]",
-        {"current[node] = renewed[node.target] = clone": "pass"},
+        {"original = current[node] = renewed[node.target]": "pass"},
     ),
     "constants not looked at": (
         "test_met.py::test_right[a constant's method-extract-False]",
@@ -515,7 +515,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "a clone takes the place of what shares memory": (
         "test_exact.py::test_the_input_and_tuples_are_cloned_too",
-        {"elif plan.alone[value]:": "elif True:"},
+        {"if plan.alone[value]:": "if True:"},
     ),
     "memories joined from the start": (
         "test_met.py::test_what_meets_later_is_not_overwritten",
@@ -569,6 +569,24 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
         "test_modes.py::test_copies_share_their_code",
         {"return copied\n\n    def __deepcopy__": "copied.recompile()\n        return copied\n\n    def __deepcopy__"},
     ),
+    "a constant that is fetched twice is made anew twice": (
+        "test_met.py::test_right[a constant written twice-extract-False]",
+        {"if node.target not in renewed:": "if True:"},
+    ),
+    "what is written into attributes of attributes is lost": (
+        "test_example.py::test_attributes_of_attributes_are_written_too",
+        {'    _own = "root", "attr", "tracer", "_node", "_value"': "    __setattr__ = object.__setattr__"},
+    ),
+    "the example's output is compared when its memory is put back": (
+        "test_example.py::test_what_the_model_returns_of_itself_is_compared_as_it_was",
+        {"_clone_nested(returned)))": "returned))"},
+    ),
+    "an empty buffer that is assigned not seen": (
+        "test_tracing.py::test_an_empty_buffer_that_is_assigned_is_said_or_refused",
+        {
+            'if getattr(value, "_value", value) is buffer': 'if buffer is None or getattr(value, "_value", value) is buffer'
+        },
+    ),
     "an idle warning of items": (
         "test_met.py::test_right[items-extract-False]",
         {'self.tracer.replaced.discard(getattr(value, "node", None))': "pass"},
@@ -620,7 +638,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "tensors of earlier calls not seen": (
         "test_met.py::test_refused_if_exact[kept]",
-        {"isinstance(a, torch.Tensor) and a.grad_fn is not None": "False"},
+        {"if a.grad_fn is not None or self.watch": "if self.watch"},
     ),
     "buffers that are assigned not seen": (
         "test_tracing.py::test_a_buffer_that_is_assigned_is_said_refused_or_right",
@@ -632,7 +650,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "what is written into buffers without a node not seen": (
         "test_met.py::test_said_by_default",
-        {"if id(target) in self.watched or target in self.tracer.tensor_attrs:": "if False:"},
+        {"if target in self.watched or target in self.taken:": "if False:"},
     ),
     "blocks of other threads seen": (
         "test_tracing.py::test_what_other_threads_run_is_not_seen_and_not_disturbed",
