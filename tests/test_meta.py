@@ -583,9 +583,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "an empty buffer that is assigned not seen": (
         "test_tracing.py::test_an_empty_buffer_that_is_assigned_is_said_or_refused",
-        {
-            'if getattr(value, "_value", value) is buffer': 'if buffer is None or getattr(value, "_value", value) is buffer'
-        },
+        {'"_value", value) is buffer': '"_value", value) is buffer or buffer is None'},
     ),
     "an idle warning of items": (
         "test_met.py::test_right[items-extract-False]",
