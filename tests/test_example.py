@@ -254,7 +254,7 @@ def test_what_a_tree_has_may_be_asked_without_its_keys() -> None:
 
 
 def test_a_bool_that_is_a_number_is_guarded_as_one() -> None:
-    model = stated("for _ in range(x['n']): h = h + 1\nreturn h", fc=net(lambda self, x: x["x"]))
+    model = stated("for _ in range(int(x['n'])): h = h + 1\nreturn h", fc=net(lambda self, x: x["x"]))
     extractor = exact(model, "output", example_inputs=({"x": X, "n": True},))
     assert same(extractor({"x": -X, "n": True})["output"], 1 - X)
     with pytest.raises(AssertionError, match="was True"):
