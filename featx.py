@@ -1434,8 +1434,7 @@ def _trace_both(
     auto_leaf: bool,
 ) -> dict[str, NodePathTracer]:
     """Trace in both modes, once if the forward does not ask; the own one has to be traceable."""
-    tracer = NodePathTracer(**arguments)  # what is wrong in the arguments is no fault of the model
-    _check_arguments(model, concrete_args, tracer.example)
+    _check_arguments(model, concrete_args, _as_call(arguments["example_inputs"]))
     own, other = "train", "eval"
     if not model.training:
         own, other = other, own
@@ -1444,9 +1443,11 @@ def _trace_both(
     while len(tracers) < 2:
         mode = other if tracers else own
         traced = tracers.get(own)
+        tracer = NodePathTracer(**arguments)  # what is wrong in them is no fault of the model
         try:
             if traced is None or traced.asked_mode:
-                traced = _trace(model, mode, restore, arguments, concrete_args)
+                _trace(model, mode, restore, tracer, concrete_args)
+                traced = tracer
             traced.auto_leaves = leaves
             tracers[mode] = traced
             if traced.example:
@@ -1491,15 +1492,13 @@ def _trace(
     model: nn.Module,
     mode: str,
     restore: Callable[..., None],
-    arguments: dict[str, Any],
+    tracer: NodePathTracer,
     concrete_args: Any,
-) -> NodePathTracer:
-    tracer = NodePathTracer(**arguments)
+) -> None:
     try:
         _set_mode(model, mode)
         with _unchanged_random_state():
             tracer.trace(model, concrete_args)
-        return tracer
     finally:  # tensors and modules that a forward makes stay until all is done, for the graphs
         restore(keep=(torch.Tensor, nn.Module))
 

@@ -301,7 +301,7 @@ FAULTS: Dict[str, Tuple[str, Dict[str, str]]] = {
     ),
     "a leaf whose value nobody takes dropped": (
         "test_pruning.py::test_an_opaque_call_whose_value_nobody_takes_is_there_for_its_effect",
-        {"writes if in_place else None": "writes if any(in_place) else hands_on"},
+        {"writes if in_place else None": "writes if in_place else hands_on"},
     ),
     "a function whose value nobody takes dropped": (
         "test_pruning.py::test_an_opaque_call_whose_value_nobody_takes_is_there_for_its_effect",

@@ -62,7 +62,7 @@ def measures() -> Dict[str, float]:
 
 
 LIMITS = {
-    "tokens": 15_386,  # wanted were 9,930
+    "tokens": 15_382,  # wanted were 9,930
     "tokens of the command line": 1_400,
     "tokens on a line": 8.0,
     "percent of the lines above 20 tokens": 2.0,
